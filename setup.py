@@ -34,7 +34,7 @@ extensions, commands = cuda_extensions()
 setup(
     name="attention-surgery",
     version="0.1.0",
-    description="Differentiable attention-sink statistics from flash attention, and the Surgery regulariser on them",
+    description="Attention-sink statistics with gradients from flash attention, and the Surgery regulariser",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

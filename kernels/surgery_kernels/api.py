@@ -3,6 +3,7 @@
 Shapes: B sequences, Tq and Tk lengths, H query heads, H_kv key heads (H a multiple of H_kv), D head dim.
 """
 
+import itertools
 import math
 
 import torch
@@ -231,7 +232,7 @@ def _check_cu_seqlens(name, cu_seqlens, total):
     if cu_seqlens.device.type != "cpu" or _is_fake(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"{name} must rise from 0 to {total}, got {starts}")
 
 
@@ -279,7 +280,9 @@ def _check_window(window_size):
     try:
         left, right = (int(x) for x in window_size)
     except (TypeError, ValueError):
-        raise ValueError(f"window_size must be two ints (left, right), -1 is unbounded, got {window_size!r}") from None
+        raise ValueError(
+            f"window_size must be two ints (left, right), -1 is unbounded, got {window_size!r}"
+        ) from None
     if left < -1 or right < -1:
         raise ValueError(f"window_size must be >= -1 on both sides, got {window_size!r}")
     return left, right

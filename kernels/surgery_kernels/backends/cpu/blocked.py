@@ -135,4 +135,8 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
         dq_tile = torch.matmul(ds, tile.k).view(*lse_tile.shape, -1)
         dq[:, rows] = dq_tile.transpose(1, 2).to(dq.dtype)
         dk[:, :, keys] += torch.matmul(ds.transpose(-1, -2), tile.q)
-    return dq, dk.transpose(1, 2).to(inputs.k.dtype).contiguous(), dv.transpose(1, 2).to(inputs.v.dtype).contiguous()
+    return (
+        dq,
+        dk.transpose(1, 2).to(inputs.k.dtype).contiguous(),
+        dv.transpose(1, 2).to(inputs.v.dtype).contiguous(),
+    )
