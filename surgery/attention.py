@@ -39,7 +39,7 @@ def surgery_mask(
     device="cpu",
     **kwargs,
 ):
-    """What the layers get as `attention_mask`, see the module's docstring. Signature of transformers' mask functions."""
+    """What the layers get as `attention_mask`, see the module's docstring. Signature: transformers' mask functions."""
     whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
     if not whole or use_vmap:
         return sdpa_mask(

@@ -13,7 +13,7 @@ FILE_NAME = "surgery_config.json"
 PRESETS = ("paper", "upstream")
 
 
-def _option(default, help, **kwargs):
+def option(default, help, **kwargs):
     return field(default=default, metadata={"help": help, **kwargs})
 
 
@@ -24,26 +24,24 @@ class SurgeryConfig:
     The command line's flags are made from these fields. Raises ValueError on a value outside its range.
     """
 
-    lambda_sink: float = _option(300.0, "weight of the penalty in the loss; 0 only measures (paper: 300)")
-    sinks: int | str | tuple = _option(
+    lambda_sink: float = option(300.0, "weight of the penalty in the loss; 0 only measures (paper: 300)")
+    sinks: int | str | tuple = option(
         "argmax",
         "sink keys: argmax (of total attention mass, paper eq. 1), n (the first n), or positions like 0,4",
     )
-    rows: str = _option("non_sink", "query rows that count", choices=ROW_POLICIES)
-    pairs_per_step: int = _option(4, "harmful and refusal probe sequences of one optimizer step, each")
-    max_length: int = _option(512, "longest probe sequence, tokens")
-    sink_refresh_steps: int = _option(
+    rows: str = option("non_sink", "query rows that count", choices=ROW_POLICIES)
+    pairs_per_step: int = option(4, "harmful and refusal probe sequences of one optimizer step, each")
+    max_length: int = option(512, "longest probe sequence, tokens")
+    sink_refresh_steps: int = option(
         50,
         "argmax: search for the sink every so many steps. While all probe sequences agree on its position, that "
         "position is used in between; otherwise every step searches",
     )
-    chat: bool = _option(
-        True, "format probe rows with the tokenizer's chat template; false: prompt, newline, response"
-    )
-    double_bos: bool = _option(False, "add a second BOS as the released code does (upstream)")
-    backend: str = _option("auto", "kernel backend", choices=("auto", *sk.BACKENDS))
-    seed: int = _option(43, "seed of the probe order, apart from the trainer's")
-    preset: str = _option("paper", "label of the preset these options started from", choices=PRESETS)
+    chat: bool = option(True, "format probe rows with the tokenizer's chat template; false: prompt, newline, response")
+    double_bos: bool = option(False, "add a second BOS as the released code does (upstream)")
+    backend: str = option("auto", "kernel backend", choices=("auto", *sk.BACKENDS))
+    seed: int = option(43, "seed of the probe order, apart from the trainer's")
+    preset: str = option("paper", "label of the preset these options started from", choices=PRESETS)
 
     def __post_init__(self):
         self.sinks = _parse_sinks(self.sinks)
@@ -55,10 +53,10 @@ class SurgeryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be an int >= {lowest}, got {value!r}")
-        for option in fields(self):
-            choices, value = option.metadata.get("choices"), getattr(self, option.name)
+        for field_ in fields(self):
+            choices, value = field_.metadata.get("choices"), getattr(self, field_.name)
             if choices and value not in choices:
-                raise ValueError(f"{option.name} must be one of {', '.join(choices)}, got {value!r}")
+                raise ValueError(f"{field_.name} must be one of {', '.join(choices)}, got {value!r}")
 
     @classmethod
     def paper(cls, **options):
@@ -93,7 +91,7 @@ class SurgeryConfig:
         Raises:
             ValueError: unknown options.
         """
-        known = {option.name for option in fields(cls)}
+        known = {field_.name for field_ in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"unknown SurgeryConfig options {unknown}; known: {sorted(known)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import SurgeryConfig
 from .patch import attention_modules, check_patched
 from .penalty_op import head_divergence
-from .probe import Relay, unwrap
+from .probe import Relay
 from .rows import as_probe_batch, join
 from .statistics import find_sinks, mass_probe, run_probe
 
@@ -63,6 +63,7 @@ class SurgeryRegularizer:
         self.report = None
         self._waiting = None
         self._sink_position = None
+        self._fixed_sinks = None
         self._calls = 0
 
     def __call__(self, harmful, refusal):
@@ -108,6 +109,10 @@ class SurgeryRegularizer:
         """Restore `state_dict`."""
         self._calls, self._sink_position = state["calls"], state["sink_position"]
 
+    def fix_sinks(self, sinks):
+        """Use these sinks in every call: int, positions, or int tensor [B, n] for [harmful; refusal] sequences."""
+        self._fixed_sinks = sinks
+
     def _relay(self, base, logits, penalty, coefficient, probe):
         if not logits.requires_grad:
             raise RuntimeError(
@@ -139,6 +144,8 @@ class SurgeryRegularizer:
 
     def _sinks(self, batch):
         """int, positions, or [B, 1] of one step, by config.sinks."""
+        if self._fixed_sinks is not None:
+            return self._fixed_sinks
         if self.config.sinks != "argmax":
             return self.config.sinks
         if self._sink_position is not None and self._calls % self.config.sink_refresh_steps:
@@ -181,6 +188,3 @@ def _layers_with_gradient(base):
 
 def _is_query_key_value(name):
     return not name.startswith("o_proj")
-
-
-__all__ = ["PenaltyReport", "SurgeryRegularizer", "unwrap"]

@@ -55,9 +55,7 @@ def as_probe_batch(batch, name="batch"):
         mask = batch.get(key)
         mask = None if mask is None else torch.as_tensor(mask)
         if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(
-                f"{name}[{key!r}] must be {tuple(input_ids.shape)} as input_ids, got {tuple(mask.shape)}"
-            )
+            raise ValueError(f"{name}[{key!r}] must be {tuple(input_ids.shape)} as input_ids, got {tuple(mask.shape)}")
         masks.append(None if mask is None else mask.to(input_ids.device).bool())
     mask = torch.ones_like(input_ids, dtype=torch.bool) if masks[0] is None else masks[0]
     empty = (~mask.any(1)).nonzero()[:, 0].tolist()
@@ -71,9 +69,7 @@ def join(harmful, refusal):
     length = max(harmful.input_ids.shape[1], refusal.input_ids.shape[1])
     row_mask = None
     if harmful.row_mask is not None or refusal.row_mask is not None:
-        row_mask = torch.cat(
-            [_pad(b.mask if b.row_mask is None else b.row_mask, length) for b in (harmful, refusal)]
-        )
+        row_mask = torch.cat([_pad(b.mask if b.row_mask is None else b.row_mask, length) for b in (harmful, refusal)])
     return ProbeBatch(
         torch.cat([_pad(b.input_ids, length) for b in (harmful, refusal)]),
         torch.cat([_pad(b.mask, length) for b in (harmful, refusal)]),
@@ -105,9 +101,7 @@ def sink_positions(sinks, bounds):
     if positions.dim() == 1:
         positions = positions.expand(bounds.shape[0], -1)
     if positions.dim() != 2 or positions.shape[0] != bounds.shape[0] or positions.shape[1] == 0:
-        raise ValueError(
-            f"sinks must be an int, positions or [{bounds.shape[0]}, n], got {tuple(positions.shape)}"
-        )
+        raise ValueError(f"sinks must be an int, positions or [{bounds.shape[0]}, n], got {tuple(positions.shape)}")
     outside = ((positions < 0) | (positions >= lengths[:, None])).any(1)
     if outside.any():
         row = int(outside.nonzero()[0, 0])

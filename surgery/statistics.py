@@ -52,9 +52,7 @@ def sink_divergence(harmful, refusal):
         ValueError: other dimensions or heads.
     """
     if harmful.dim() != 3 or refusal.dim() != 3 or harmful.shape[::2] != refusal.shape[::2]:
-        raise ValueError(
-            f"need two [L, B, H] with the same L and H, got {[*harmful.shape]} and {[*refusal.shape]}"
-        )
+        raise ValueError(f"need two [L, B, H] with the same L and H, got {[*harmful.shape]} and {[*refusal.shape]}")
     return harmful.mean(1) - refusal.mean(1)
 
 
