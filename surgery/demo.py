@@ -92,10 +92,6 @@ def _train(options, name):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     result = _measure(trainer.model.to(pick_device()), trainer.processing_class)
     result |= {"train_loss": losses[-1], "peak_bytes": peak, "step_seconds": statistics.median(clock.seconds)}
-    if isinstance(surgery, SurgeryConfig):
-        result["penalty_logged"] = [
-            line["surgery/penalty"] for line in trainer.state.log_history if "surgery/penalty" in line
-        ]
     return result
 
 

@@ -10,7 +10,7 @@ import csv
 import json
 from pathlib import Path
 
-from .flags import add_flags, picked, print_result
+from .flags import add_flags, picked, print_result, summary_table
 
 
 def add_arguments(parser):

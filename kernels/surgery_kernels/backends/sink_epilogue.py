@@ -81,9 +81,11 @@ def fold_into_out(out, dout, extra_delta):
     silent = norm2 < TINY * TINY
     shift = wide * (extra / torch.where(silent, 1.0, norm2))
     folded = out.to(extra.dtype) + shift.masked_fill(silent, 0.0)
-    folded[..., :1] += torch.where(silent, extra / TINY, 0.0)
-    dout = dout.clone() if silent.any() else dout
-    dout[..., :1] = torch.where(silent, TINY, dout[..., :1].to(extra.dtype)).to(dout.dtype)
+    silent &= extra != 0
+    if silent.any():
+        folded[..., :1] += torch.where(silent, extra / TINY, 0.0)
+        dout = dout.clone()
+        dout[..., :1].masked_fill_(silent, TINY)
     return folded.to(out.dtype), dout
 
 
