@@ -1,8 +1,10 @@
 """The attention and mask functions that Hugging Face models call under the name `surgery`.
 
-The mask function runs once a forward and returns what every layer then gets as `attention_mask`:
-None (nothing to mask but causality), int32 [B, 2] bounds of a padded batch, int32 [N + 1] cu_seqlens of a packed one,
-or the 4-D mask of sdpa for calls with a cache and anything the kernels cannot express.
+The mask function runs once a forward and returns what every layer then gets as `attention_mask`: None (nothing to
+mask but causality), int32 [B, 1, 1, 2] bounds of a padded batch, int32 [1, 1, N + 1, 1] cu_seqlens of a packed one, or
+the bool [B, 1, Tq, Tk] mask of sdpa for calls with a cache and anything the kernels cannot express. All have four
+dimensions because transformers hands masks through it a second time (generate prepares them for static caches) and
+leaves only 4-D ones alone.
 """
 
 import surgery_kernels as sk
@@ -56,11 +58,11 @@ def surgery_mask(
             **kwargs,
         )
     if attention_mask is not None:
-        return padding_bounds(attention_mask[:, -kv_length:].bool())
+        return padding_bounds(attention_mask[:, -kv_length:].bool())[:, None, None]
     if allow_is_causal_skip or q_length == 1:
         return None
     # transformers found position_ids that restart (or is tracing and cannot tell)
-    return packed_cu_seqlens(sequence_starts(mask_function, batch_size, q_length, device))
+    return packed_cu_seqlens(sequence_starts(mask_function, batch_size, q_length, device))[None, None, :, None]
 
 
 def surgery_attention(
@@ -92,8 +94,8 @@ def surgery_attention(
     """
     _check_options(module, dropout, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    masked_4d = attention_mask is not None and attention_mask.dim() == 4
-    if masked_4d or query.shape[2] != key.shape[2]:
+    bounds, cu_seqlens, full_mask = _read_mask(attention_mask)
+    if full_mask or query.shape[2] != key.shape[2]:
         if surgery_ctx is not None:
             raise ValueError(
                 "a probe needs plain self-attention: no cache (use_cache=False) and a [B, T] attention_mask"
@@ -109,15 +111,12 @@ def surgery_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     backend = getattr(module, "_surgery_backend", "auto")
     if surgery_ctx is not None:
-        return _probed(surgery_ctx, module, q, k, v, attention_mask, options, backend), None
-    packed = kwargs.get("cu_seq_lens_q") is not None or (attention_mask is not None and attention_mask.dim() == 1)
-    if packed:
-        return _packed(q, k, v, attention_mask, options, backend, kwargs), None
-    first, end = _split_bounds(attention_mask)
-    out = sk.flash_attn_stats(
-        q, k, v, **options, stats=(), leftpad_k=first, seqused_q=end, seqused_k=end, backend=backend
-    )
-    return out.out, None
+        if cu_seqlens is not None:
+            raise ValueError("a probe takes padded batches with an attention_mask, not packed rows")
+        return _probed(surgery_ctx, module, q, k, v, options, backend), None
+    if kwargs.get("cu_seq_lens_q") is not None or cu_seqlens is not None:
+        return _packed(q, k, v, cu_seqlens, options, backend, kwargs), None
+    return sk.flash_attn_stats(q, k, v, **options, stats=(), **_lengths(bounds), backend=backend).out, None
 
 
 def _check_options(module, dropout, kwargs):
@@ -130,20 +129,33 @@ def _check_options(module, dropout, kwargs):
             raise ValueError(f"{type(module).__name__} passes {name}, which surgery attention does not support")
 
 
-def _split_bounds(attention_mask):
-    """(first, end) int32 [B], or (None, None)."""
+def _read_mask(attention_mask):
+    """(bounds int32 [B, 2] or None, cu_seqlens int32 [N + 1] or None, whether it is a full mask)."""
     if attention_mask is None:
-        return None, None
-    if attention_mask.dtype == torch.bool:
-        attention_mask = padding_bounds(attention_mask)
-    return tuple(x.contiguous() for x in attention_mask.unbind(1))
+        return None, None, False
+    if attention_mask.dim() == 2:
+        # from a model that bypasses transformers' mask functions
+        return padding_bounds(attention_mask.bool()), None, False
+    if attention_mask.dtype != torch.int32:
+        return None, None, True
+    if attention_mask.shape[-1] == 2:
+        return attention_mask[:, 0, 0], None, False
+    return None, attention_mask[0, 0, :, 0].contiguous(), False
 
 
-def _packed(q, k, v, attention_mask, options, backend, kwargs):
+def _lengths(bounds):
+    """flash_attn_stats' padding arguments of bounds [B, 2] or None."""
+    if bounds is None:
+        return {}
+    first, end = (x.contiguous() for x in bounds.unbind(1))
+    return {"leftpad_k": first, "seqused_q": end, "seqused_k": end}
+
+
+def _packed(q, k, v, cu_seqlens, options, backend, kwargs):
     batch, length = q.shape[:2]
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if cu_q is None:
-        cu_q = cu_k = attention_mask
+        cu_q = cu_k = cu_seqlens
         longest_q = longest_k = length
     else:
         cu_q, cu_k = (x.to(device=q.device, dtype=torch.int32) for x in (cu_q, cu_q if cu_k is None else cu_k))
@@ -155,13 +167,10 @@ def _packed(q, k, v, attention_mask, options, backend, kwargs):
     return out.out.unflatten(0, (batch, length))
 
 
-def _probed(probe, module, q, k, v, attention_mask, options, backend):
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError("a probe takes padded batches with an attention_mask, not packed rows")
+def _probed(probe, module, q, k, v, options, backend):
     layer = module.layer_idx
     sinks = probe.n_sinks if probe.sinks is None else probe.sinks
-    first, end = (x.contiguous() for x in probe.bounds.unbind(1))
-    lengths = {"leftpad_k": first, "seqused_q": end, "seqused_k": end}
+    lengths = _lengths(probe.bounds)
     if probe.kind == "penalty":
         inputs = sk.make_inputs(q, k, v, **options, sinks=sinks, **lengths)
         out, rows = penalty_attention(
