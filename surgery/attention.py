@@ -100,6 +100,8 @@ def surgery_attention(
             raise ValueError(
                 "a probe needs plain self-attention: no cache (use_cache=False) and a [B, T] attention_mask"
             )
+        if bounds is not None or cu_seqlens is not None:
+            raise RuntimeError(f"a {query.shape[2]}-row mask came with {key.shape[2]} keys: the cache was switched on late")
         return _cached_attention(module, query, key, value, attention_mask, scaling, softcap, causal)
     options = {
         "softmax_scale": scaling,

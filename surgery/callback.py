@@ -109,6 +109,8 @@ class SurgeryCallback(TrainerCallback):
         if control.should_log:
             self.trainer.log(self._metrics())
             self._since_log.clear()
+            # logging clears the flag, and Trainer has its own line to log yet
+            control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:

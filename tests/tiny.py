@@ -1,5 +1,7 @@
 """Tiny random models, batches and the eager truth that the model and training tests share."""
 
+import random
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,3 +69,36 @@ def worst_error(found, truth):
         if expected.norm() > 1e-6 * largest
     ]
     return max(errors).item()
+
+
+WORDS = tuple(f"w{i}" for i in range(80))
+CHAT_TEMPLATE = (
+    "<s> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template=CHAT_TEMPLATE):
+    """Whole words to ids below TINY's vocabulary size; like Llama's it adds a first token to plain text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>")
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def rows(count, seed, prompt_words=3, response_words=5):
+    """Rows of random words, of varying length."""
+    generator = random.Random(seed)
+
+    def words(n):
+        return " ".join(generator.choices(WORDS, k=n))
+
+    return [{"prompt": words(prompt_words + i % 3), "response": words(response_words + i % 4)} for i in range(count)]

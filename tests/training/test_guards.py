@@ -73,11 +73,10 @@ def test_reentrant_checkpointing_of_frozen_embeddings():
 
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.base_model.model.disable_input_require_grads() if hasattr(
-        model.base_model.model, "_require_grads_hook"
-    ) else None
+    # transformers 5.18 switches this on by itself
+    model.base_model.model.disable_input_require_grads()
     regularizer = surgery.SurgeryRegularizer(surgery.patch_model(model), surgery.SurgeryConfig(sinks=1))
-    with pytest.raises(RuntimeError, match="no path to a trainable parameter.*enable_input_require_grads"):
+    with pytest.raises(RuntimeError, match=r"no path to a trainable parameter.*enable_input_require_grads"):
         regularizer(*probe_batches())
 
 
@@ -106,7 +105,7 @@ def test_loss_that_never_went_backward(regularizer):
 def test_data_parallel(model, wrap):
     with pytest.raises(ValueError, match=r"nn.DataParallel.*torchrun"):
         surgery.SurgeryRegularizer(wrap(model))
-    with pytest.raises(ValueError, match="nn.DataParallel"):
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"):
         surgery.patch_model(wrap(tiny_model()))
 
 
@@ -162,7 +161,7 @@ def test_probe_with_a_cache_or_a_4d_mask(model):
 
 
 def test_attention_dropout():
-    with pytest.raises(ValueError, match="attention_dropout must be 0, got 0.1"):
+    with pytest.raises(ValueError, match=r"attention_dropout must be 0, got 0\.1"):
         surgery.patch_model(tiny_model(attention_dropout=0.1))
 
 
