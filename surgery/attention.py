@@ -101,7 +101,7 @@ def surgery_attention(
                 "a probe needs plain self-attention: no cache (use_cache=False) and a [B, T] attention_mask"
             )
         if bounds is not None or cu_seqlens is not None:
-            raise RuntimeError(f"a {query.shape[2]}-row mask came with {key.shape[2]} keys: the cache was switched on late")
+            raise RuntimeError(f"a mask of {query.shape[2]} rows came with {key.shape[2]} keys: no mask for a cache")
         return _cached_attention(module, query, key, value, attention_mask, scaling, softcap, causal)
     options = {
         "softmax_scale": scaling,

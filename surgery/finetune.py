@@ -85,7 +85,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
     Raises:
         ValueError: the output folder holds a run and resume is off; resume with another config; bad data.
     """
-    from transformers import DataCollatorForSeq2Seq, Trainer
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 
     from .trainer import SurgeryTrainer
 
@@ -107,6 +107,9 @@ def run_training(train, surgery, progress=True, callbacks=()):
         callbacks=list(callbacks),
         **probes,
     )
+    if not progress:
+        # it prints every log line to standard output, where --json must be alone
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(Path(train.output, "model"))
     return trainer
@@ -182,6 +185,7 @@ def training_arguments(train, **overrides):
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.compile,
         logging_steps=train.log_every,
+        logging_first_step=True,
         save_steps=train.save_every,
         save_total_limit=train.save_limit,
         seed=train.run_seed,

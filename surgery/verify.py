@@ -42,8 +42,7 @@ def verify(model, config, harmful, refusal, autocast=None, tolerance=1e-4):
     """Compare the regulariser's gradients with `output_attentions=True` autograd in float32.
 
     Args:
-        model: float32 causal language model as the run uses it: adapters, checkpointing, wrappers. In eval mode
-            it is compared in eval mode; dropout must be off.
+        model: float32 causal language model as the run uses it: adapters, checkpointing, wrappers; dropout off.
         config: SurgeryConfig.
         harmful, refusal: small batches (eager attention materialises every map).
         autocast: None or a dtype: the run's autocast, compared with the noise of eager attention under it.
@@ -96,10 +95,14 @@ def eager_penalty(model, batch, n_harmful, sinks, rows, lambda_sink):
 
 
 def _eager_gradients(model, config, harmful, refusal, sinks, autocast):
+    was_training = model.training
+    # eval mode switches checkpointing off: maps of a reentrant checkpoint carry no gradient
+    model.eval()
     with eager_attention(model), _autocast(model, autocast):
         penalty = eager_penalty(
             model, join(harmful, refusal), harmful.mask.shape[0], sinks, config.rows, config.lambda_sink
         )
+    model.train(was_training)
     return _take_gradients(model, penalty), penalty.item()
 
 

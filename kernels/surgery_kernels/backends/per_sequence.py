@@ -16,9 +16,7 @@ def forward(inputs, dense_forward):
 
 def backward(inputs, dense_backward, out, lse, stats, dout, dlse, dstats):
     """Run `dense_backward` on each sequence of packed `inputs` and pack dq, dk, dv."""
-    dq, dk, dv = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
-    )
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v))
     for of_q, of_k, one in inputs.unpack():
         dq_one, dk_one, dv_one = dense_backward(
             one,
