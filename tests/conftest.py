@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# before transformers is imported: no test may reach for the hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 
