@@ -27,17 +27,6 @@ TEST = [
     "setuptools>=77",
     "wheel",
 ]
-    *DEMO,
-    *TRL,
-    *LINT,
-    "kernels>=0.17,<0.18",
-    "pytest>=9",
-    "pytest-xdist>=3.8",
-    "hypothesis>=6.140",
-    "build>=1.3",
-    "setuptools",
-    "wheel",
-]
 
 
 def cuda_extensions():
