@@ -5,6 +5,8 @@ import random
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
+
 from .config import option
 from .data import RowEncoder, read_rows, task_examples
 from .models import load_model
@@ -89,7 +91,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
 
     from .trainer import SurgeryTrainer
 
-    checkpoint = prepare_output(train, surgery)
+    checkpoint = check_output(train, surgery)
     model, tokenizer = load_model(train.model)
     if train.method == "lora":
         model = with_lora(model, train.lora_rank, train.run_seed)
@@ -110,25 +112,25 @@ def run_training(train, surgery, progress=True, callbacks=()):
     if not progress:
         # it prints every log line to standard output, where --json must be alone
         trainer.remove_callback(PrinterCallback)
+    # not earlier: a run that fails on its input leaves no folder behind
+    Path(train.output).mkdir(parents=True, exist_ok=True)
+    write_json(Path(train.output, RUN_CONFIG), _options(train, surgery))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(Path(train.output, "model"))
     return trainer
 
 
-def prepare_output(train, surgery):
+def check_output(train, surgery):
     """Check the output folder against `train.resume`; returns the checkpoint to resume from, or None.
 
     Raises:
         ValueError: it holds a run and resume is off; resume without a run, or with other options.
     """
-    folder = Path(train.output)
-    options = {"train": {**asdict(train), "resume": False}, "surgery": surgery and surgery.to_dict()}
+    folder, options = Path(train.output), _options(train, surgery)
     saved = folder / RUN_CONFIG
     if not train.resume:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} exists and is not empty: choose another --output, or --resume to go on")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(saved, options)
         return None
     if not saved.is_file():
         raise ValueError(f"{folder} holds no run to resume ({RUN_CONFIG} is missing)")
@@ -143,6 +145,11 @@ def prepare_output(train, surgery):
         raise ValueError(f"cannot resume with another config: {'; '.join(changed)}")
     checkpoints = complete_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def _options(train, surgery):
+    """Every option of a run as JSON types, what a resumed run is compared by."""
+    return {"train": {**asdict(train), "resume": False}, "surgery": surgery and surgery.to_dict()}
 
 
 def task_rows(train):
@@ -182,6 +189,7 @@ def training_arguments(train, **overrides):
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant",
         bf16=train.bf16,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.compile,
         logging_steps=train.log_every,
@@ -196,7 +204,6 @@ def training_arguments(train, **overrides):
 
 def with_lora(model, rank, seed):
     """`model` with LoRA adapters on all linear layers, their first weights drawn from `seed`."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     # Trainer seeds after the model is made; the adapters' first weights belong to the run too
