@@ -36,30 +36,41 @@ class SurgeryCallback(TrainerCallback):
         harmful, refusal: probe data, see `data.read_rows`.
         tokenizer: default the trainer's processing_class.
         trainer: the trainer, or call `attach` later.
+        manifest: further entries of surgery_manifest.json, JSON types.
     """
 
-    def __init__(self, config=None, harmful=None, refusal=None, tokenizer=None, trainer=None):
+    def __init__(self, config=None, harmful=None, refusal=None, tokenizer=None, trainer=None, manifest=None):
         if harmful is None or refusal is None:
             raise ValueError("harmful and refusal probe data are needed: JSON lines files, data set ids or iterables")
         self.config = SurgeryConfig() if config is None else config
         self.harmful, self.refusal, self.tokenizer = harmful, refusal, tokenizer
-        self.trainer, self.resume_from = trainer, None
+        self.resume_from = None
+        self.manifest = manifest or {}
         self.regularizer = self.history = self.probe_data = None
         self._patched_here = False
         self._since_log, self._step_started, self._probe_seconds = [], 0.0, 0.0
+        self.trainer = None
+        if trainer is not None:
+            self.attach(trainer)
 
     def attach(self, trainer):
-        """Give the callback its trainer (its accelerator and wrapped model are needed). Returns the callback."""
+        """Give the callback its trainer (its accelerator and wrapped model are needed). Returns the callback.
+
+        Raises:
+            ValueError: bad probe data.
+        """
         self.trainer = trainer
+        if self.tokenizer or trainer.processing_class:
+            self._load_data(trainer.args)
         return self
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer is None:
             raise ValueError("SurgeryCallback has no trainer: call callback.attach(trainer) before trainer.train()")
         self._check_engine(args)
-        model, tokenizer = self.trainer.model, self.tokenizer or self.trainer.processing_class
-        if tokenizer is None:
-            raise ValueError("SurgeryCallback needs a tokenizer: pass tokenizer=, or processing_class to the trainer")
+        model = self.trainer.model
+        if self.probe_data is None:
+            self._load_data(args)
         if self.config.lambda_sink == 0:
             with patched(model, self.config.backend):
                 self.regularizer = SurgeryRegularizer(model, self.config)
@@ -67,16 +78,14 @@ class SurgeryCallback(TrainerCallback):
             self._patched_here = getattr(unwrap(model), "_surgery_patch", None) is None
             patch_model(model, self.config.backend)
             self.regularizer = SurgeryRegularizer(model, self.config)
-        self.probe_data = ProbeData(
-            self.harmful, self.refusal, tokenizer, self.config, args.process_index, args.world_size
-        )
         if state.global_step:
             self._resume(args, state.global_step)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             self.history = History(args.output_dir, state.global_step)
             self.config.save(args.output_dir)
-            write_manifest(args.output_dir, self.config, self.probe_data.hashes, resumed_at_step=state.global_step)
+            extra = {"resumed_at_step": state.global_step, **self.manifest}
+            write_manifest(args.output_dir, self.config, self.probe_data.hashes, **extra)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._step_started = time.perf_counter()
@@ -129,6 +138,14 @@ class SurgeryCallback(TrainerCallback):
         if self._patched_here:
             unpatch_model(self.trainer.model)
             self._patched_here = False
+
+    def _load_data(self, args):
+        tokenizer = self.tokenizer or self.trainer.processing_class
+        if tokenizer is None:
+            raise ValueError("SurgeryCallback needs a tokenizer: pass tokenizer=, or processing_class to the trainer")
+        self.probe_data = ProbeData(
+            self.harmful, self.refusal, tokenizer, self.config, args.process_index, args.world_size
+        )
 
     def _check_engine(self, args):
         if getattr(args, "n_gpu", 1) > 1:

@@ -265,7 +265,8 @@ def _measure(model, method, task, probe, autocast, gradients_resident, optimizer
     with LiveMemory(model.parameters(), model.buffers(), gradients(trainable)) as memory:
         if method == "paper":
             with cast:
-                loss = _task_loss(model, *task) + _paper_penalty(model, *probe)
+                penalty = _paper_penalty(model, *probe)
+                loss = penalty + _task_loss(model, *task)
             loss.backward()
         else:
             if method == "surgery":

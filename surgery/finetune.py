@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .config import option
-from .data import RowEncoder, read_rows, task_examples
+from .data import RowEncoder, read_rows, rows_hash, task_examples
 from .models import load_model
 from .run_files import complete_checkpoints, write_json
 
@@ -91,7 +91,13 @@ def run_training(train, surgery, progress=True, callbacks=()):
 
     from .trainer import SurgeryTrainer
 
-    checkpoint = check_output(train, surgery)
+    rows = task_rows(train)
+    options = {
+        "train": {**asdict(train), "resume": False},
+        "surgery": {} if surgery is None else surgery.to_dict(),
+        "data": {"task_sha256": rows_hash(rows)},
+    }
+    checkpoint = check_output(train, options)
     model, tokenizer = load_model(train.model)
     if train.method == "lora":
         model = with_lora(model, train.lora_rank, train.run_seed)
@@ -99,11 +105,11 @@ def run_training(train, surgery, progress=True, callbacks=()):
     trainer_class, probes = Trainer, {}
     if surgery is not None:
         trainer_class = SurgeryTrainer
-        probes = {"surgery_config": surgery, "harmful": train.harmful, "refusal": train.refusal}
+        probes = {"surgery_config": surgery, "harmful": train.harmful, "refusal": train.refusal, "manifest": options}
     trainer = trainer_class(
         model,
         training_arguments(train, disable_tqdm=not progress),
-        train_dataset=task_examples(task_rows(train), encoder),
+        train_dataset=task_examples(rows, encoder),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -114,19 +120,22 @@ def run_training(train, surgery, progress=True, callbacks=()):
         trainer.remove_callback(PrinterCallback)
     # not earlier: a run that fails on its input leaves no folder behind
     Path(train.output).mkdir(parents=True, exist_ok=True)
-    write_json(Path(train.output, RUN_CONFIG), _options(train, surgery))
+    write_json(Path(train.output, RUN_CONFIG), options)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(Path(train.output, "model"))
     return trainer
 
 
-def check_output(train, surgery):
+def check_output(train, options):
     """Check the output folder against `train.resume`; returns the checkpoint to resume from, or None.
 
+    Args:
+        train: TrainConfig.
+        options: JSON types of everything that makes the run, as run_config.json holds them.
     Raises:
-        ValueError: it holds a run and resume is off; resume without a run, or with other options.
+        ValueError: it holds a run and resume is off; resume without a run, with other options or other data.
     """
-    folder, options = Path(train.output), _options(train, surgery)
+    folder = Path(train.output)
     saved = folder / RUN_CONFIG
     if not train.resume:
         if folder.exists() and any(folder.iterdir()):
@@ -136,20 +145,15 @@ def check_output(train, surgery):
         raise ValueError(f"{folder} holds no run to resume ({RUN_CONFIG} is missing)")
     before = json.loads(saved.read_text(encoding="utf-8"))
     changed = [
-        f"{name} was {(before[part] or {}).get(name)!r}, is {value!r}"
+        f"{name} was {before[part].get(name)!r}, is {options[part].get(name)!r}"
         for part in options
-        for name, value in (options[part] or {}).items()
-        if (before[part] or {}).get(name) != value and name != "output"
+        for name in {**before[part], **options[part]}
+        if before[part].get(name) != options[part].get(name) and name != "output"
     ]
     if changed:
         raise ValueError(f"cannot resume with another config: {'; '.join(changed)}")
     checkpoints = complete_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
-
-
-def _options(train, surgery):
-    """Every option of a run as JSON types, what a resumed run is compared by."""
-    return {"train": {**asdict(train), "resume": False}, "surgery": surgery and surgery.to_dict()}
 
 
 def task_rows(train):

@@ -11,10 +11,11 @@ class SurgeryTrainerMixin:
     Args:
         surgery_config: SurgeryConfig; default the paper's.
         harmful, refusal: probe data, see `data.read_rows`.
+        manifest: further entries of the run's manifest, JSON types.
     """
 
-    def __init__(self, *args, surgery_config=None, harmful=None, refusal=None, **kwargs):
-        callback = SurgeryCallback(surgery_config, harmful, refusal)
+    def __init__(self, *args, surgery_config=None, harmful=None, refusal=None, manifest=None, **kwargs):
+        callback = SurgeryCallback(surgery_config, harmful, refusal, manifest=manifest)
         super().__init__(*args, **kwargs)
         self.surgery = callback.attach(self)
         self.add_callback(callback)

@@ -204,6 +204,23 @@ def test_output_that_exists_and_resume_with_another_config(folder, tmp_path, cap
     assert "learning_rate was 0.001, is 0.005" in capsys.readouterr().err
     assert main(train_flags(folder, output, "--steps", "2", "--resume", "--lambda-sink", "5")) == 2
     assert "lambda_sink was 300.0, is 5.0" in capsys.readouterr().err
+    text = (folder / "data.jsonl").read_text(encoding="utf-8")
+    try:
+        (folder / "data.jsonl").write_text(text.replace("w1", "w2"), encoding="utf-8")
+        assert main(train_flags(folder, output, "--steps", "2", "--resume")) == 2
+    finally:
+        (folder / "data.jsonl").write_text(text, encoding="utf-8")
+    assert "task_sha256 was" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_on_its_input_leaves_no_run_behind(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main(train_flags(folder, output, "--harmful", str(tmp_path / "empty.jsonl"))) == 2
+    assert "empty.jsonl: the file holds no rows" in capsys.readouterr().err
+    assert main(train_flags(folder, output, "--steps", "1")) == 0
+    manifest = json.loads((output / "surgery_manifest.json").read_text())
+    assert len(manifest["data"]["task_sha256"]) == 64 and manifest["train"]["steps"] == 1
 
 
 def test_unknown_option_in_a_config_file(folder, tmp_path, capsys):

@@ -216,8 +216,8 @@ def test_data_parallel_and_missing_tokenizer(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"nn.DataParallel on 2 GPUs.*torchrun"):
         trainer.surgery.on_train_begin(trainer.args, trainer.state, trainer.control)
     monkeypatch.undo()
-    trainer = surgery_trainer(tmp_path / "b", save_strategy="no")
-    trainer.processing_class = None
+    options = {**parts(tmp_path / "b", save_strategy="no"), "processing_class": None}
+    trainer = surgery.SurgeryTrainer(**options, harmful=HARMFUL, refusal=REFUSAL)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         trainer.train()
 
