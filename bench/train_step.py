@@ -6,6 +6,7 @@ One optimizer step = `accumulation` micro-batches of [batch, length] random toke
 AdamW; and for the regularised methods `pairs` harmful and refusal sequences of the same length. Every method runs on
 the same model in one process, interleaved, and is compared in fp32 with the paper's way before anything is timed.
 Memory is measured in a process of its own for each method. Probes as released: sink token 0, rows 1 and on.
+`paper` is the released way (eager attention, all logits, a loop over heads), `paper_stacked` a kinder one.
 
 Metrics of the CSV (p50, p20, p80 over the repetitions):
     correctness        relative error of the penalty and of its gradient (2-norm), the worse; unit pass or red

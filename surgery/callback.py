@@ -185,6 +185,7 @@ class SurgeryCallback(TrainerCallback):
             {
                 "step": state.global_step + 1,
                 "penalty": float(report.penalty),
+                "mean_relu_divergence": float(report.divergence.clamp_min(0).mean()),
                 "positive_heads": report.positive_heads,
                 "sink_mass_harmful": float(report.harmful.mean()),
                 "sink_mass_refusal": float(report.refusal.mean()),

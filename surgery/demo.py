@@ -70,7 +70,7 @@ def _figures(folder, results):
     for stage, divergence in maps.items():
         head_map(divergence, folder / f"head_map_{stage}.png", f"sink divergence, {stage}", limit)
     history = {"surgery": read_history(folder / "surgery")}
-    curves(history, "penalty", folder / "penalty.png", "penalty", window=5)
+    curves(history, "mean_relu_divergence", folder / "mean_relu_divergence.png", "mean relu(d)", window=5)
     curves(history, "positive_heads", folder / "positive_heads.png", "heads with d > 0", window=5)
 
 

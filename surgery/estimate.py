@@ -311,9 +311,7 @@ def _surgery_penalty(model, pairs, length):
 
 def _paper_penalty(model, pairs, length):
     tokens = _tokens(pairs, length)
-    maps = [model(**tokens, output_attentions=True, logits_to_keep=1).attentions for _ in ("harmful", "refusal")]
+    # with all logits, as released
+    maps = [model(**tokens, output_attentions=True).attentions for _ in ("harmful", "refusal")]
     means = [torch.stack([attn[:, :, 1:, 0].float().mean((0, 2)) for attn in side]) for side in maps]
     return torch.relu(means[0] - means[1]).mean()
-
-
-__all__ = ["METHODS", "SHAPES", "StepEstimate", "add_lora", "estimate_step", "shape_config"]

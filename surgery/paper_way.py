@@ -39,13 +39,14 @@ def paper_penalty(model, harmful, refusal, lambda_sink=300.0, loop=True, sink=0)
 
         alpha_h(X) = mean over sequences of attn[b, h, 1:, sink].mean()        padded rows left out
 
-    One forward a side, as released, but without the logits that nobody needs: kinder than the original.
+    One forward a side, as released.
 
     Args:
         model: on eager attention (see `eager_attention`).
         harmful, refusal: input_ids [B, T], optionally attention_mask [B, T] (right padding) and row_mask [B, T].
         lambda_sink: the weight.
-        loop: head by head, as released; False stacks the heads of a layer: the same value in far fewer operators.
+        loop: head by head and with all logits, as released; False is the kinder baseline: the heads of a layer
+            stacked, and the logits of one token. The value is the same.
         sink: position of the sink token; the rows are 1 and on whatever it is, as released.
     Returns:
         Scalar fp32.
@@ -54,8 +55,10 @@ def paper_penalty(model, harmful, refusal, lambda_sink=300.0, loop=True, sink=0)
         RuntimeError: the maps carry no gradient although one is wanted (reentrant checkpointing).
     """
     alpha = _looped_means if loop else _stacked_means
-    d = alpha(*_attention_maps(model, harmful, "harmful batch"), sink)
-    d = [a - b for a, b in zip(d, alpha(*_attention_maps(model, refusal, "refusal batch"), sink), strict=True)]
+    # 0 keeps all logits
+    keep = 0 if loop else 1
+    d = alpha(*_attention_maps(model, harmful, "harmful batch", keep), sink)
+    d = [a - b for a, b in zip(d, alpha(*_attention_maps(model, refusal, "refusal batch", keep), sink), strict=True)]
     penalty = lambda_sink * torch.relu(torch.stack(d)).mean()
     trainable = any(p.requires_grad for p in model.parameters())
     if torch.is_grad_enabled() and trainable and not penalty.requires_grad:
@@ -66,7 +69,7 @@ def paper_penalty(model, harmful, refusal, lambda_sink=300.0, loop=True, sink=0)
     return penalty
 
 
-def _attention_maps(model, batch, name):
+def _attention_maps(model, batch, name, logits_to_keep):
     """(maps: a tuple of [B, H, T, T], counted rows [B, T] bool or None when all but row 0 count)."""
     base = unwrap(model)
     if base.config._attn_implementation != "eager":
@@ -82,7 +85,7 @@ def _attention_maps(model, batch, name):
         attention_mask=batch.mask,
         output_attentions=True,
         use_cache=False,
-        logits_to_keep=1,
+        logits_to_keep=logits_to_keep,
     ).attentions
     if not maps:
         raise ValueError(f"{type(base).__name__} returned no attention maps")

@@ -78,7 +78,9 @@ class History:
 
 
 def read_history(path):
-    """Lines of surgery_history.jsonl as dicts: step, penalty, positive_heads, divergence [L][H], ...
+    """Lines of surgery_history.jsonl as dicts: step, penalty, mean_relu_divergence, positive_heads, divergence, ...
+
+    `divergence` is [L][H]; mean_relu_divergence is the penalty without lambda.
 
     A last line cut short by a kill is left out.
 

@@ -74,6 +74,6 @@ def summary(trainer, train):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     result = {"steps": trainer.state.global_step, "task_loss_first": losses[0], "task_loss_last": losses[-1]}
     for name, lines in (("first", history[:fifth]), ("last", history[-fifth:])):
-        for key in ("penalty", "positive_heads"):
+        for key in ("penalty", "mean_relu_divergence", "positive_heads"):
             result[f"{key}_{name}_fifth"] = sum(line[key] for line in lines) / len(lines)
     return result

@@ -62,9 +62,18 @@ def test_train_and_plot(folder, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("plain", "surgery")]
     status, result = run_json(capsys, "plot", *runs, "--output", str(tmp_path / "figures"), "--format", "svg")
     assert status == 0
-    names = {"penalty.svg", "positive_heads.svg", "head_map_plain.svg", "head_map_surgery.svg"}
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == names
-    assert all(path.stat().st_size > 2000 for path in (tmp_path / "figures").iterdir())
+    figures = {"mean_relu_divergence.svg", "positive_heads.svg", "head_map_plain.svg", "head_map_surgery.svg"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {*figures, "curves.csv"}
+    assert all((tmp_path / "figures" / name).stat().st_size > 2000 for name in figures)
+    lines = (tmp_path / "figures" / "curves.csv").read_text().splitlines()
+    history = {name: read_history(tmp_path / name) for name in ("plain", "surgery")}
+    assert len(lines) == 9 and lines[0] == "run,step,mean_relu_divergence,positive_heads"
+    # plain fine-tuning has no penalty, but its divergence is measured
+    assert all(line["penalty"] == 0 < line["mean_relu_divergence"] for line in history["plain"])
+    assert (
+        lines[8]
+        == f"surgery,4,{history['surgery'][3]['mean_relu_divergence']:.6g},{history['surgery'][3]['positive_heads']}"
+    )
     trained = json.loads((tmp_path / "surgery" / "run_config.json").read_text())
     assert trained["surgery"]["pairs_per_step"] == 2 and trained["train"]["learning_rate"] == 1e-3
 
