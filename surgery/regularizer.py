@@ -120,11 +120,14 @@ class SurgeryRegularizer:
                 "embeddings call model.enable_input_require_grads(); otherwise check requires_grad"
             )
         expected = _layers_with_gradient(base)
+        if not expected:
+            raise RuntimeError(
+                "no trainable parameter comes before an attention layer, so the penalty cannot change anything"
+            )
         self._waiting = probe
 
         def check():
             self._waiting = None
-            # with no weight there is nothing to lose
             missing = [layer for layer in expected if probe.control[1 + layer] == 0]
             if missing:
                 raise RuntimeError(

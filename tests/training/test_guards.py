@@ -86,13 +86,23 @@ def test_frozen_model(model, regularizer):
         regularizer(*probe_batches())
 
 
-@pytest.mark.parametrize(
-    "trained", ("model.layers.1.mlp", "model.layers.1.self_attn.q_proj", "model.layers.2", "lm_head")
-)
-def test_partly_frozen_models_expect_gradients_only_where_they_can_arrive(model, regularizer, trained):
+def train_only(model, prefix):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(trained))
+        parameter.requires_grad_(name.startswith(prefix))
+
+
+@pytest.mark.parametrize("trained", ("model.layers.1.mlp", "model.layers.1.self_attn.q_proj", "model.layers.2"))
+def test_partly_frozen_models_expect_gradients_only_where_they_can_arrive(model, regularizer, trained):
+    train_only(model, trained)
     regularizer(*probe_batches()).backward()
+    assert any(p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("trained", ("lm_head", "model.layers.2.mlp"))
+def test_nothing_trainable_before_an_attention_layer(model, regularizer, trained):
+    train_only(model, trained)
+    with pytest.raises(RuntimeError, match="the penalty cannot change anything"):
+        regularizer(*probe_batches())
 
 
 def test_loss_that_never_went_backward(regularizer):
