@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .config import SurgeryConfig
 from .patch import attention_modules, check_patched
-from .penalty_op import head_divergence
 from .probe import Relay
 from .rows import as_probe_batch, join
-from .statistics import find_sinks, mass_probe, run_probe
+from .statistics import find_sinks, mass_probe, run_probe, sink_divergence
 
 
 class PenaltyReport(NamedTuple):
@@ -90,7 +89,7 @@ class SurgeryRegularizer:
         probe = mass_probe(base, batch, sinks, self.config.rows, "penalty", n_harmful)
         logits = run_probe(self.model, base, batch, probe)
         alpha = probe.recorded
-        divergence = torch.stack([head_divergence(layer, n_harmful) for layer in alpha])
+        divergence = sink_divergence(alpha[:, :n_harmful], alpha[:, n_harmful:])
         coefficient = self.config.lambda_sink / divergence.numel()
         penalty = coefficient * divergence.clamp_min(0).sum()
         self.report = PenaltyReport(
@@ -128,7 +127,8 @@ class SurgeryRegularizer:
 
         def check():
             self._waiting = None
-            missing = [layer for layer in expected if probe.control[1 + layer] == 0]
+            arrived = probe.control[1:].tolist()
+            missing = [layer for layer in expected if not arrived[layer]]
             if missing:
                 raise RuntimeError(
                     f"the regulariser's gradient did not arrive in layers {missing}: something between the model "
@@ -151,8 +151,10 @@ class SurgeryRegularizer:
             return self._fixed_sinks
         if self.config.sinks != "argmax":
             return self.config.sinks
-        if self._sink_position is not None and self._calls % self.config.sink_refresh_steps:
-            return (self._sink_position,)
+        known = self._sink_position
+        # a sequence too short for the known position has its sink elsewhere
+        if known is not None and self._calls % self.config.sink_refresh_steps and batch.mask.sum(1).min() > known:
+            return (known,)
         found = find_sinks(self.model, batch)
         # sequences that agree make the search superfluous until the next refresh
         self._sink_position = int(found[0]) if bool((found == found[0]).all()) else None

@@ -173,6 +173,12 @@ def test_agreed_argmax_is_kept_until_the_refresh(monkeypatch):
         regularizer(*batches).backward()
         assert regularizer.report.sink_position == 2
     assert searched == [0, 3, 6]
+    # position 2 does not exist in a sequence of two tokens: that step searches
+    monkeypatch.setattr(
+        "surgery.regularizer.find_sinks", lambda model, batch: torch.zeros(batch.mask.shape[0], dtype=torch.int32)
+    )
+    regularizer({"input_ids": torch.tensor([[5, 6]])}, batches[1]).backward()
+    assert regularizer.report.sink_position == 0
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
