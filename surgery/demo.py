@@ -116,12 +116,16 @@ def _paper(options):
     seconds = []
     for step in range(3):
         started = time.perf_counter()
-        rows = examples[step * train.batch_size : (step + 1) * train.batch_size]
-        task = {key: value.to(device) for key, value in collate(rows).items()}
-        with eager_attention(model), torch.autocast(device.type, torch.bfloat16):
-            penalty = paper_penalty(model, *probes.batches(step), config.lambda_sink)
-            loss = model(**task, use_cache=False).loss + penalty
-        loss.backward()
+        for micro in range(train.accumulation):
+            first = (step * train.accumulation + micro) * train.batch_size
+            rows = collate(examples[first : first + train.batch_size])
+            task = {key: value.to(device) for key, value in rows.items()}
+            with eager_attention(model), torch.autocast(device.type, torch.bfloat16):
+                loss = model(**task, use_cache=False).loss / train.accumulation
+                if micro == 0:
+                    # in one graph with the first micro-batch, as released
+                    loss = loss + paper_penalty(model, *probes.batches(step), config.lambda_sink)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
@@ -140,7 +144,8 @@ def _train_config(options, name):
         harmful=demo_file("probe_harmful"),
         refusal=demo_file("probe_refusal"),
         output=str(Path(options["folder"], name)),
-        batch_size=8,
+        batch_size=4,
+        accumulation=2,
         steps=options["steps"],
         learning_rate=options["learning_rate"],
         max_length=128,
