@@ -188,7 +188,7 @@ def _run(inputs, backend):
 
 def _autocast(q, k, v):
     # what is not a float tensor passes as it is, for _check_qkv to name it
-    if not isinstance(q, torch.Tensor) or not torch.amp.is_autocast_available(q.device.type):
+    if not isinstance(q, torch.Tensor) or q.is_meta:
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
