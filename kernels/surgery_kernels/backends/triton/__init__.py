@@ -1,0 +1,58 @@
+"""Fused flash attention with statistics for NVIDIA GPUs from sm_80 on. Triton is imported on first use."""
+
+import importlib.util
+import os
+
+import torch
+
+from ...types import Backend
+from .configs import MAX_HEAD_DIM
+
+MAX_SINKS = 16
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported_reasons(inputs):
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    device, dtype, head_dim = inputs.q.device, inputs.q.dtype, inputs.q.shape[-1]
+    if _interpreted():
+        if dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    elif device.type != "cuda" or torch.version.hip:
+        reasons.append(f"runs on NVIDIA GPUs, got {device}")
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        reasons.append(f"needs compute capability 8.0, got {major}.{minor}")
+    if dtype == torch.float64:
+        reasons.append("computes in float32, got float64")
+    if head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    if "sink_mass" in inputs.stats and inputs.sinks is not None and inputs.n_sinks > MAX_SINKS:
+        reasons.append(f"takes at most {MAX_SINKS} sink positions a sequence, got {inputs.n_sinks}")
+    return reasons
+
+
+def forward(inputs):
+    from .run import forward
+
+    return forward(inputs)
+
+
+def backward(inputs, out, lse, stats, dout, dlse, dstats):
+    from .run import backward
+
+    return backward(inputs, out, lse, stats, dout, dlse, dstats)
+
+
+BACKEND = Backend(
+    "triton",
+    "NVIDIA GPUs from sm_80 on, fused, O(T) memory, statistics in the pass",
+    unsupported_reasons,
+    forward,
+    backward,
+)
