@@ -23,7 +23,7 @@ def _dkdv_blocks(
     v,
     ptrs,
     row_ptrs,
-    strides,
+    heads,
     n0,
     end_q,
     span,
@@ -31,6 +31,8 @@ def _dkdv_blocks(
     scales,
     sink,
     holds_sink,
+    Q_STEPS: tl.constexpr,
+    DOUT_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -45,49 +47,56 @@ def _dkdv_blocks(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The loop over the full row blocks of one head, or over the masked ones."""
+    """The loop over the full row blocks of every head, or over the masked ones."""
     dk0, dk1, dv0, dv1 = state
     k0, k1 = k
     v0, v1 = v
     q_ptr, dout_ptr = ptrs
     lse2_ptr, delta_ptr, sink_g_ptr, entropy_g_ptr, floor_ptr, weight_ptr = row_ptrs
-    q_strides, dout_strides = strides
     low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
     n_blocks = n_full
     if MASKED:
         n_blocks = n_head + n_tail
-    for index in range(n_blocks):
-        m0 = block_start(index, low, n_head, full, tail, BLOCK_M, MASKED)
-        q0, q1 = load_rows(q_ptr, m0, end_q, q_strides, BLOCK_M, D0, D1, D, MASKED)
+    heads_each, q_stride_h, dout_stride_h, row_stride_h = heads
+    # one loop over the blocks of every head: the pipeline fills once
+    per_head = tl.maximum(n_blocks, 1)
+    for index in range(n_blocks * heads_each):
+        member = index // per_head
+        m0 = block_start(index - member * per_head, low, n_head, full, tail, BLOCK_M, MASKED)
+        rows = member.to(tl.int64) * row_stride_h
+        q0, q1 = load_rows(
+            q_ptr + member.to(tl.int64) * q_stride_h, m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, MASKED
+        )
         offs_m = m0 + tl.arange(0, BLOCK_M)
-        lse2 = hooks.load_row(lse2_ptr, offs_m, end_q, float("inf"), MASKED)
+        lse2 = hooks.load_row(lse2_ptr + rows, offs_m, end_q, float("inf"), MASKED)
         # [BLOCK_N, D] @ [D, BLOCK_M] -> [BLOCK_N, BLOCK_M], fp32
         t = cap(dot_rows(k0, k1, q0, q1, D1), cap_scale, HAS_SOFTCAP)
         x = t * scale2 - lse2[None, :]
         if MASKED:
             offs_n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            rows = offs_m[None, :]
-            seen = in_window(rows < end_q, rows, offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
+            i = offs_m[None, :]
+            seen = in_window(i < end_q, i, offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
             x = tl.where(seen, x, float("-inf"))
         p = tl.exp2(x)
         dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if HAS_DOUT:
-            do0, do1 = load_rows(dout_ptr, m0, end_q, dout_strides, BLOCK_M, D0, D1, D, MASKED)
+            do0, do1 = load_rows(
+                dout_ptr + member.to(tl.int64) * dout_stride_h, m0, end_q, DOUT_STEPS, BLOCK_M, D0, D1, D, MASKED
+            )
             dv0, dv1 = dot_acc(p, do0, do1, dv0, dv1, D1)
             dp = dot_rows(v0, v1, do0, do1, D1)
-        if SINK_MASS:
-            sink_g = hooks.load_row(sink_g_ptr, offs_m, end_q, 0.0, MASKED)
-            if holds_sink:
-                dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
+        if SINK_MASS and holds_sink:
+            sink_g = hooks.load_row(sink_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
+            dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
         entropy_g, floor, weight = lse2, lse2, lse2
         if ENTROPY:
-            entropy_g = hooks.load_row(entropy_g_ptr, offs_m, end_q, 0.0, MASKED)
+            entropy_g = hooks.load_row(entropy_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
         if MAX_LOGIT:
-            floor = hooks.load_row(floor_ptr, offs_m, end_q, float("inf"), MASKED)
-            weight = hooks.load_row(weight_ptr, offs_m, end_q, 0.0, MASKED)
-        delta = hooks.load_row(delta_ptr, offs_m, end_q, 0.0, MASKED)
+            floor = hooks.load_row(floor_ptr + rows, offs_m, end_q, float("inf"), MASKED)
+            weight = hooks.load_row(weight_ptr + rows, offs_m, end_q, 0.0, MASKED)
+        delta = hooks.load_row(delta_ptr + rows, offs_m, end_q, 0.0, MASKED)
         ds = hooks.score_gradient(
             dp,
             p,
@@ -134,6 +143,12 @@ def _bwd_dkdv_kernel(
     scale,
     scale2,
     cap_scale,
+    Q_STEPS: tl.constexpr,
+    K_STEPS: tl.constexpr,
+    V_STEPS: tl.constexpr,
+    DOUT_STEPS: tl.constexpr,
+    DK_STEPS: tl.constexpr,
+    DV_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -160,12 +175,20 @@ def _bwd_dkdv_kernel(
         return
 
     k = load_rows(
-        head_ptr(k_ptr, k_strides, batch, kv_head, start_k), n0, end_k, k_strides, BLOCK_N, D0, D1, D, True
+        head_ptr(k_ptr, k_strides, K_STEPS, batch, kv_head, start_k), n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, True
     )
     v = k
     if HAS_DOUT:
         v = load_rows(
-            head_ptr(v_ptr, v_strides, batch, kv_head, start_k), n0, end_k, v_strides, BLOCK_N, D0, D1, D, True
+            head_ptr(v_ptr, v_strides, V_STEPS, batch, kv_head, start_k),
+            n0,
+            end_k,
+            V_STEPS,
+            BLOCK_N,
+            D0,
+            D1,
+            D,
+            True,
         )
     offs_n = n0 + tl.arange(0, BLOCK_N)
     span = row_blocks(n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
@@ -178,43 +201,45 @@ def _bwd_dkdv_kernel(
     dk0, dk1 = empty_pair(BLOCK_N, D0, D1)
     dv0, dv1 = empty_pair(BLOCK_N, D0, D1)
     state = (dk0, dk1, dv0, dv1)
-    for member in range(heads_each):
-        head = out_head * heads_each + member
-        rows = row_offset(row_strides, batch, head, start_q)
-        q_head = head_ptr(q_ptr, q_strides, batch, head, start_q)
-        ptrs = (q_head, q_head)
-        if HAS_DOUT:
-            ptrs = (q_head, head_ptr(dout_ptr, dout_strides, batch, head, start_q))
-        head_rows = hooks.shift_rows(row_ptrs, rows)
-        for MASKED in tl.static_range(2):
-            state = _dkdv_blocks(
-                state,
-                k,
-                v,
-                ptrs,
-                head_rows,
-                (q_strides, dout_strides),
-                n0,
-                end_q,
-                span,
-                (shift, left, right),
-                (scale2, cap_scale),
-                sink,
-                holds_sink,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_SOFTCAP,
-                HAS_DOUT,
-                SINK_MASS,
-                ENTROPY,
-                MAX_LOGIT,
-                D0,
-                D1,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                MASKED,
-            )
+    head = out_head * heads_each
+    q_head = head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q)
+    ptrs = (q_head, q_head)
+    heads = (heads_each, q_strides[1], 0, row_strides[1])
+    if HAS_DOUT:
+        ptrs = (q_head, head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q))
+        heads = (heads_each, q_strides[1], dout_strides[1], row_strides[1])
+    head_rows = hooks.shift_rows(row_ptrs, row_offset(row_strides, batch, head, start_q))
+    for MASKED in tl.static_range(2):
+        state = _dkdv_blocks(
+            state,
+            k,
+            v,
+            ptrs,
+            head_rows,
+            heads,
+            n0,
+            end_q,
+            span,
+            (shift, left, right),
+            (scale2, cap_scale),
+            sink,
+            holds_sink,
+            Q_STEPS,
+            DOUT_STEPS,
+            HAS_LEFT,
+            HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_DOUT,
+            SINK_MASS,
+            ENTROPY,
+            MAX_LOGIT,
+            D0,
+            D1,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            MASKED,
+        )
     dk0, dk1, dv0, dv1 = state
 
     # what a padded key collected is dropped; it may be anything, nan too
@@ -224,7 +249,7 @@ def _bwd_dkdv_kernel(
     if D1 > 0:
         dk1 = tl.where(real, dk1 * scale, 0.0)
         dv1 = tl.where(real, dv1, 0.0)
-    dk_head = head_ptr(dk_ptr, dk_strides, batch, out_head, start_k)
-    dv_head = head_ptr(dv_ptr, dv_strides, batch, out_head, start_k)
-    store_rows(dk_head, dk0, dk1, n0, len_k, dk_strides, BLOCK_N, D0, D1, D)
-    store_rows(dv_head, dv0, dv1, n0, len_k, dv_strides, BLOCK_N, D0, D1, D)
+    dk_head = head_ptr(dk_ptr, dk_strides, DK_STEPS, batch, out_head, start_k)
+    dv_head = head_ptr(dv_ptr, dv_strides, DV_STEPS, batch, out_head, start_k)
+    store_rows(dk_head, dk0, dk1, n0, len_k, DK_STEPS, BLOCK_N, D0, D1, D)
+    store_rows(dv_head, dv0, dv1, n0, len_k, DV_STEPS, BLOCK_N, D0, D1, D)

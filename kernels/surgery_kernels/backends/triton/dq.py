@@ -19,13 +19,14 @@ def _dq_blocks(
     do,
     rows,
     kv_ptrs,
-    kv_strides,
     m0,
     end_k,
     span,
     window,
     scales,
     sink_keys,
+    K_STEPS: tl.constexpr,
+    V_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -47,7 +48,6 @@ def _dq_blocks(
     do0, do1 = do
     lse2, delta, sink_g, entropy_g, floor, weight = rows
     k_ptr, v_ptr = kv_ptrs
-    k_strides, v_strides = kv_strides
     low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
@@ -57,7 +57,7 @@ def _dq_blocks(
         n_blocks = n_head + n_tail
     for index in range(n_blocks):
         n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
-        k0, k1 = load_rows(k_ptr, n0, end_k, k_strides, BLOCK_N, D0, D1, D, MASKED)
+        k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
         t = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP)
         x = t * scale2 - lse2[:, None]
         if MASKED:
@@ -68,7 +68,7 @@ def _dq_blocks(
         p = tl.exp2(x)
         dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if HAS_DOUT:
-            v0, v1 = load_rows(v_ptr, n0, end_k, v_strides, BLOCK_N, D0, D1, D, MASKED)
+            v0, v1 = load_rows(v_ptr, n0, end_k, V_STEPS, BLOCK_N, D0, D1, D, MASKED)
             dp = dot_rows(do0, do1, v0, v1, D1)
         if SINK_MASS and ((n0 < sink_high) & (n0 + BLOCK_N > sink_low)):
             sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks, N_POSITIONS)
@@ -116,6 +116,11 @@ def _bwd_dq_kernel(
     scale,
     scale2,
     cap_scale,
+    Q_STEPS: tl.constexpr,
+    K_STEPS: tl.constexpr,
+    V_STEPS: tl.constexpr,
+    DOUT_STEPS: tl.constexpr,
+    DQ_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -141,11 +146,13 @@ def _bwd_dq_kernel(
     if m0 >= len_q:
         return
 
-    q = load_rows(head_ptr(q_ptr, q_strides, batch, head, start_q), m0, end_q, q_strides, BLOCK_M, D0, D1, D, True)
+    q = load_rows(
+        head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q), m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, True
+    )
     do = q
     if HAS_DOUT:
-        do_head = head_ptr(dout_ptr, dout_strides, batch, head, start_q)
-        do = load_rows(do_head, m0, end_q, dout_strides, BLOCK_M, D0, D1, D, True)
+        do_head = head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q)
+        do = load_rows(do_head, m0, end_q, DOUT_STEPS, BLOCK_M, D0, D1, D, True)
     offs_m = m0 + tl.arange(0, BLOCK_M)
     base = row_offset(row_strides, batch, head, start_q)
     lse2 = hooks.load_row(lse2_ptr + base, offs_m, end_q, float("inf"), True)
@@ -161,8 +168,8 @@ def _bwd_dq_kernel(
     if MAX_LOGIT:
         floor = hooks.load_row(floor_ptr + base, offs_m, end_q, float("inf"), True)
         weight = hooks.load_row(weight_ptr + base, offs_m, end_q, 0.0, True)
-    k_ptr = head_ptr(k_ptr, k_strides, batch, head // group, start_k)
-    v_ptr = head_ptr(v_ptr, v_strides, batch, head // group, start_k)
+    k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
+    v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
     span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     state = empty_pair(BLOCK_M, D0, D1)
     for MASKED in tl.static_range(2):
@@ -172,13 +179,14 @@ def _bwd_dq_kernel(
             do,
             (lse2, delta, sink_g, entropy_g, floor, weight),
             (k_ptr, v_ptr),
-            (k_strides, v_strides),
             m0,
             end_k,
             span,
             (shift, left, right),
             (scale2, cap_scale),
             sink_keys,
+            K_STEPS,
+            V_STEPS,
             HAS_LEFT,
             HAS_RIGHT,
             HAS_SOFTCAP,
@@ -198,5 +206,5 @@ def _bwd_dq_kernel(
     dq0 = dq0 * scale
     if D1 > 0:
         dq1 = dq1 * scale
-    dq_head = head_ptr(dq_ptr, dq_strides, batch, head, start_q)
-    store_rows(dq_head, dq0, dq1, m0, len_q, dq_strides, BLOCK_M, D0, D1, D)
+    dq_head = head_ptr(dq_ptr, dq_strides, DQ_STEPS, batch, head, start_q)
+    store_rows(dq_head, dq0, dq1, m0, len_q, DQ_STEPS, BLOCK_M, D0, D1, D)

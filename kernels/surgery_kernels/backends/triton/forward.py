@@ -20,13 +20,14 @@ def _attend_blocks(
     state,
     q,
     kv_ptrs,
-    kv_strides,
     m0,
     end_k,
     span,
     window,
     scales,
     sink_keys,
+    K_STEPS: tl.constexpr,
+    V_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -44,7 +45,6 @@ def _attend_blocks(
     acc0, acc1, m_i, l_i, sink_i, entropy_i = state
     q0, q1 = q
     k_ptr, v_ptr = kv_ptrs
-    k_strides, v_strides = kv_strides
     low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
@@ -54,7 +54,7 @@ def _attend_blocks(
         n_blocks = n_head + n_tail
     for index in range(n_blocks):
         n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
-        k0, k1 = load_rows(k_ptr, n0, end_k, k_strides, BLOCK_N, D0, D1, D, MASKED)
+        k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
         # [BLOCK_M, D] @ [D, BLOCK_N] -> [BLOCK_M, BLOCK_N], fp32
         t = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP)
         if MASKED:
@@ -82,7 +82,7 @@ def _attend_blocks(
         acc0 = acc0 * alpha[:, None]
         if D1 > 0:
             acc1 = acc1 * alpha[:, None]
-        v0, v1 = load_rows(v_ptr, n0, end_k, v_strides, BLOCK_N, D0, D1, D, MASKED)
+        v0, v1 = load_rows(v_ptr, n0, end_k, V_STEPS, BLOCK_N, D0, D1, D, MASKED)
         acc0, acc1 = dot_acc(p, v0, v1, acc0, acc1, D1)
     return acc0, acc1, m_i, l_i, sink_i, entropy_i
 
@@ -111,6 +111,10 @@ def _flash_attn_stats_fwd_kernel(
     right,
     scale2,
     cap_scale,
+    Q_STEPS: tl.constexpr,
+    K_STEPS: tl.constexpr,
+    V_STEPS: tl.constexpr,
+    OUT_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -134,9 +138,11 @@ def _flash_attn_stats_fwd_kernel(
     if m0 >= len_q:
         return
 
-    q = load_rows(head_ptr(q_ptr, q_strides, batch, head, start_q), m0, end_q, q_strides, BLOCK_M, D0, D1, D, True)
-    k_ptr = head_ptr(k_ptr, k_strides, batch, head // group, start_k)
-    v_ptr = head_ptr(v_ptr, v_strides, batch, head // group, start_k)
+    q = load_rows(
+        head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q), m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, True
+    )
+    k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
+    v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
     span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     sink_keys = (sinks, batch, first_key, 0, 0)
     if SINK_MASS:
@@ -150,13 +156,14 @@ def _flash_attn_stats_fwd_kernel(
             state,
             q,
             (k_ptr, v_ptr),
-            (k_strides, v_strides),
             m0,
             end_k,
             span,
             (shift, left, right),
             (scale2, cap_scale),
             sink_keys,
+            K_STEPS,
+            V_STEPS,
             HAS_LEFT,
             HAS_RIGHT,
             HAS_SOFTCAP,
@@ -176,10 +183,10 @@ def _flash_attn_stats_fwd_kernel(
     sees = (l_i > 0.0) & (offs_m < end_q)
     l_safe = tl.where(sees, l_i, 1.0)
     inv_l = tl.where(sees, 1.0 / l_safe, 0.0)
-    out_ptr = head_ptr(out_ptr, out_strides, batch, head, start_q)
+    out_ptr = head_ptr(out_ptr, out_strides, OUT_STEPS, batch, head, start_q)
     if D1 > 0:
         acc1 = acc1 * inv_l[:, None]
-    store_rows(out_ptr, acc0 * inv_l[:, None], acc1, m0, len_q, out_strides, BLOCK_M, D0, D1, D)
+    store_rows(out_ptr, acc0 * inv_l[:, None], acc1, m0, len_q, OUT_STEPS, BLOCK_M, D0, D1, D)
     rows = row_offset(row_strides, batch, head, start_q) + offs_m
     in_rows = offs_m < len_q
     lse = tl.where(sees, (m_i + tl.log2(l_safe)) * LN2, float("-inf"))

@@ -1,6 +1,5 @@
 """From AttnInputs to a kernel launch: pointers, strides, flags. The kernels' argument names are the keys."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +80,10 @@ def empty_rows(inputs, *lead):
 
 
 def problem_args(inputs, config, **tensors):
-    """The arguments that every kernel shares; `tensors` adds `<name>_ptr` and `<name>_strides`.
+    """The arguments that every kernel shares, and for each of `tensors` its pointer and strides.
+
+    The strides of rows and channels are constants of the compiled kernel: they belong to the model, not to the
+    batch, and as constants they turn a tile's addresses into one register and immediates.
 
     Returns:
         dict; a kernel takes the ones that it names.
@@ -125,13 +127,8 @@ def problem_args(inputs, config, **tensors):
         "BLOCK_N": config.block_n,
     }
     for name, x in tensors.items():
+        stride_b, stride_t, stride_h, stride_d = (0,) * 4 if x is None else ((0,) * packed + x.stride())
         args[f"{name}_ptr"] = x
-        if x is not None:
-            args[f"{name}_strides"] = (0, *x.stride()) if packed else x.stride()
-        else:
-            args[f"{name}_strides"] = (0, 0, 0, 0)
+        args[f"{name}_strides"] = (stride_b, stride_h)
+        args[f"{name.upper()}_STEPS"] = (stride_t, stride_d)
     return args
-
-
-def next_power_of_2(n):
-    return 1 << max(math.ceil(math.log2(max(n, 1))), 0)

@@ -34,6 +34,8 @@ def _preprocess_kernel(
     total_k,
     n_heads,
     n_blocks,
+    OUT_STEPS: tl.constexpr,
+    DOUT_STEPS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -58,10 +60,10 @@ def _preprocess_kernel(
     sees = (lse != float("-inf")) & (offs_m < end_q)
     delta = tl.zeros([BLOCK_M], tl.float32)
     if dout_ptr is not None:
-        out = head_ptr(out_ptr, out_strides, batch, head, start_q)
-        dout = head_ptr(dout_ptr, dout_strides, batch, head, start_q)
-        o0, o1 = load_rows(out, m0, end_q, out_strides, BLOCK_M, D0, D1, D, True)
-        do0, do1 = load_rows(dout, m0, end_q, dout_strides, BLOCK_M, D0, D1, D, True)
+        out = head_ptr(out_ptr, out_strides, OUT_STEPS, batch, head, start_q)
+        dout = head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q)
+        o0, o1 = load_rows(out, m0, end_q, OUT_STEPS, BLOCK_M, D0, D1, D, True)
+        do0, do1 = load_rows(dout, m0, end_q, DOUT_STEPS, BLOCK_M, D0, D1, D, True)
         delta += tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
         if D1 > 0:
             delta += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
@@ -99,6 +101,8 @@ def _max_ties_kernel(
     right,
     scale2,
     cap_scale,
+    Q_STEPS: tl.constexpr,
+    K_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -126,9 +130,9 @@ def _max_ties_kernel(
     lse2 = tl.load(lse2_ptr + rows, mask=in_rows, other=float("inf"))
     floor = hooks.max_floor(tl.load(max_ptr + rows, mask=in_rows, other=0.0), lse2)
     q0, q1 = load_rows(
-        head_ptr(q_ptr, q_strides, batch, head, start_q), m0, end_q, q_strides, BLOCK_M, D0, D1, D, True
+        head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q), m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, True
     )
-    k_ptr = head_ptr(k_ptr, k_strides, batch, head // group, start_k)
+    k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     low, n_head, full, n_full, tail, n_tail = key_blocks(
         m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
@@ -139,7 +143,7 @@ def _max_ties_kernel(
             n_key_blocks = n_head + n_tail
         for index in range(n_key_blocks):
             n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
-            k0, k1 = load_rows(k_ptr, n0, end_k, k_strides, BLOCK_N, D0, D1, D, MASKED)
+            k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
             x = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP) * scale2 - lse2[:, None]
             hit = x >= floor[:, None]
             if MASKED:

@@ -14,17 +14,26 @@ PRECISION: tl.constexpr = tl.constexpr("ieee")
 
 
 @triton.jit
-def head_ptr(ptr, strides, batch, head, start):
-    """First element of a head of a sequence, strides (batch, row, head, channel), in 64 bits."""
-    stride_b, stride_t, stride_h, _ = strides
+def head_ptr(ptr, strides, STEPS: tl.constexpr, batch, head, start):
+    """First element of a head of a sequence, in 64 bits; strides (batch, head)."""
+    stride_b, stride_h = strides
+    stride_t: tl.constexpr = STEPS[0]
     return ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start * stride_t
 
 
 @triton.jit
 def _load_chunk(
-    ptr, offs, n_rows, strides, D0: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
+    ptr,
+    offs,
+    n_rows,
+    STEPS: tl.constexpr,
+    D0: tl.constexpr,
+    DC: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    _, stride_t, _, stride_d = strides
+    stride_t: tl.constexpr = STEPS[0]
+    stride_d: tl.constexpr = STEPS[1]
     offs_d = D0 + tl.arange(0, DC)
     ptrs = ptr + offs[:, None] * stride_t + offs_d[None, :] * stride_d
     PADDED: tl.constexpr = D0 + DC > D
@@ -43,7 +52,7 @@ def load_rows(
     ptr,
     row0,
     n_rows,
-    strides,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -54,19 +63,20 @@ def load_rows(
 
     Only the start is a 64-bit product: offsets inside a tile fit 32 bits (`launch.narrow` sees to it).
     """
-    _, stride_t, _, _ = strides
+    stride_t: tl.constexpr = STEPS[0]
     offs = tl.arange(0, BLOCK)
     start = ptr + tl.cast(row0, tl.int64) * stride_t
-    x0 = _load_chunk(start, offs, n_rows - row0, strides, 0, D0, D, MASKED)
+    x0 = _load_chunk(start, offs, n_rows - row0, STEPS, 0, D0, D, MASKED)
     x1 = x0
     if D1 > 0:
-        x1 = _load_chunk(start, offs, n_rows - row0, strides, D0, D1, D, MASKED)
+        x1 = _load_chunk(start, offs, n_rows - row0, STEPS, D0, D1, D, MASKED)
     return x0, x1
 
 
 @triton.jit
-def _store_chunk(ptr, x, offs, n_rows, strides, D0: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
-    _, stride_t, _, stride_d = strides
+def _store_chunk(ptr, x, offs, n_rows, STEPS: tl.constexpr, D0: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
+    stride_t: tl.constexpr = STEPS[0]
+    stride_d: tl.constexpr = STEPS[1]
     offs_d = D0 + tl.arange(0, DC)
     ptrs = ptr + offs[:, None] * stride_t + offs_d[None, :] * stride_d
     mask = offs[:, None] < n_rows
@@ -82,19 +92,19 @@ def store_rows(
     x1,
     row0,
     n_rows,
-    strides,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
 ):
     """Inverse of `load_rows`; rows from n_rows on are not written."""
-    _, stride_t, _, _ = strides
+    stride_t: tl.constexpr = STEPS[0]
     offs = tl.arange(0, BLOCK)
     start = ptr + tl.cast(row0, tl.int64) * stride_t
-    _store_chunk(start, x0, offs, n_rows - row0, strides, 0, D0, D)
+    _store_chunk(start, x0, offs, n_rows - row0, STEPS, 0, D0, D)
     if D1 > 0:
-        _store_chunk(start, x1, offs, n_rows - row0, strides, D0, D1, D)
+        _store_chunk(start, x1, offs, n_rows - row0, STEPS, D0, D1, D)
 
 
 @triton.jit
