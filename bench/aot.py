@@ -4,8 +4,8 @@
     python -m bench.aot --arch 90 --head-dim 128 --kernel fwd  some of them, printed
 
 A kernel goes through the launcher and the specialisation of a real call; only the launch is left out. The lines
-show registers a thread, spilled bytes, shared memory, and tensor-core instructions in the machine code: mma (HMMA),
-wgmma (HGMMA) and tcgen05 (UTC*MMA).
+show registers a thread, spilled bytes, shared memory, and tensor-core instructions in the machine code: mma is
+HMMA, wgmma HGMMA, tcgen05 UTC*MMA.
 """
 
 import argparse
@@ -30,11 +30,10 @@ ARCHS = (80, 90, 100)
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 # a program's shared memory: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100
 SMEM_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-FIELDS = (
-    "triton arch kernel head_dim dtype sink_mass block_m block_n num_warps num_stages registers spill_bytes smem "
-    "mma wgmma tcgen05"
-).split()
-KEY = FIELDS[:6]
+KEY = ["triton", "arch", "kernel", "head_dim", "dtype", "sink_mass"]
+CONFIG = ["block_m", "block_n", "num_warps", "num_stages"]
+MEASURED = ["registers", "spill_bytes", "smem", "mma", "wgmma", "tcgen05"]
+FIELDS = KEY + CONFIG + MEASURED
 TENSOR_CORE = {"mma": r"\bHMMA\.", "wgmma": r"\bHGMMA\.", "tcgen05": r"\bUTC\w*MMA"}
 
 
@@ -106,7 +105,7 @@ def measure(kernel, arch, head_dim, dtype, sink_mass, config):
     launch = launch_of(kernel, head_dim, dtype, config, sink_mass)
     key = (triton.__version__, arch, kernel, head_dim, str(dtype).removeprefix("torch."), int(sink_mass))
     row = dict(zip(KEY, key, strict=True))
-    row |= {name: getattr(config, name) for name in ("block_m", "block_n", "num_warps", "num_stages")}
+    row |= {name: getattr(config, name) for name in CONFIG}
     return row | compile_launch(launch, arch)
 
 

@@ -37,22 +37,29 @@ def unsupported_reasons(inputs):
     return reasons
 
 
-def forward(inputs):
-    from .run import forward
+def _forward(inputs):
+    from . import run
 
-    return forward(inputs)
+    return run.forward(inputs)
 
 
-def backward(inputs, out, lse, stats, dout, dlse, dstats):
-    from .run import backward
+def _backward(inputs, out, lse, stats, dout, dlse, dstats):
+    from . import run
 
-    return backward(inputs, out, lse, stats, dout, dlse, dstats)
+    return run.backward(inputs, out, lse, stats, dout, dlse, dstats)
 
 
 BACKEND = Backend(
     "triton",
     "NVIDIA GPUs from sm_80 on, fused, O(T) memory, statistics in the pass",
     unsupported_reasons,
-    forward,
-    backward,
+    _forward,
+    _backward,
 )
+
+
+def column_mass(inputs, lse):
+    """`surgery_kernels.column_mass` in one kernel."""
+    from . import columns
+
+    return columns.column_mass(inputs, lse)

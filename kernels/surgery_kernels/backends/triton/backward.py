@@ -1,5 +1,6 @@
 """Launches of the backward: preprocess, then dk and dv, then dq (each deterministic, none with atomics)."""
 
+import torch
 import triton
 
 from .configs import TileConfig
@@ -61,7 +62,7 @@ def dkdv_launch(inputs, dout, rows, config, splits=1):
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     else:
         shape = (*k.shape[:-2], k.shape[-2] * splits, k.shape[-1])
-        dk, dv = (x.new_empty(shape, dtype=lse_dtype(rows)) for x in (k, v))
+        dk, dv = (x.new_empty(shape, dtype=torch.float32) for x in (k, v))
     args = problem_args(inputs, config, q=inputs.q, k=k, v=v, dout=dout, dk=dk, dv=dv)
     args |= {
         "row_ptrs": rows,
@@ -70,10 +71,6 @@ def dkdv_launch(inputs, dout, rows, config, splits=1):
         "n_blocks": triton.cdiv(inputs.max_seqlen_k, config.block_n),
     }
     return Launch(_bwd_dkdv_kernel, "dkdv", args, config, heads=args["n_out_heads"]), (dk, dv)
-
-
-def lse_dtype(rows):
-    return rows[0].dtype
 
 
 def dq_launch(inputs, dout, rows, config):
