@@ -20,48 +20,58 @@ class TileConfig:
     num_stages: int
 
 
-def _rows(**columns):
-    """{kernel: {largest head dim: TileConfig}} from columns "block_m block_n num_warps num_stages"."""
+def _rows(**kernels):
+    """{kernel: {largest head dim: TileConfig}}; a row reads "block_m block_n num_warps num_stages"."""
     return {
-        kernel: {int(dim[1:]): TileConfig(*map(int, text.split())) for dim, text in rows.items()}
-        for kernel, rows in columns.items()
+        kernel: {head_dim: TileConfig(*map(int, row.split())) for head_dim, row in table.items()}
+        for kernel, table in kernels.items()
     }
 
 
 TABLES = {
     # 163 KiB of shared memory, mma.sync
     80: _rows(
-        fwd=dict(d64="128 64 4 3", d128="128 64 8 3", d192="128 32 8 2", d256="128 32 8 2"),
-        dkdv=dict(d64="64 64 4 2", d128="64 64 8 2", d192="32 64 8 1", d256="32 64 8 1"),
-        dq=dict(d64="64 64 4 2", d128="64 64 8 2", d192="64 32 8 2", d256="64 32 8 2"),
+        fwd={64: "128 64 4 3", 128: "128 64 8 3", 192: "128 32 8 2", 256: "64 64 8 2"},
+        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        dq={
+            64: "128 64 8 2",
+            80: "64 64 8 2",
+            96: "128 32 8 2",
+            128: "64 64 8 2",
+            192: "32 32 8 2",
+            256: "64 32 8 2",
+        },
     ),
     # sm_86, 89 and 12x: mma.sync with 99 KiB
     86: _rows(
-        fwd=dict(d64="128 64 4 2", d128="64 32 4 2", d256="64 32 8 1"),
-        dkdv=dict(d64="64 64 8 2", d128="32 64 8 1", d256="16 32 4 1"),
-        dq=dict(d64="64 64 8 2", d128="64 32 8 1", d256="32 16 4 1"),
+        fwd={64: "128 64 4 3", 128: "128 64 8 3", 192: "128 32 8 2", 256: "64 32 4 2"},
+        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        dq={64: "128 64 8 2", 80: "64 64 8 2", 96: "128 32 8 2", 128: "64 64 8 2", 256: "32 32 8 2"},
     ),
     # 227 KiB, wgmma
     90: _rows(
-        fwd=dict(d64="128 128 8 3", d128="128 64 8 3", d192="128 64 8 2", d256="128 64 8 2"),
-        dkdv=dict(d64="64 128 8 3", d80="64 128 8 3", d96="32 128 8 3", d128="64 128 8 3", d256="32 64 8 2"),
-        dq=dict(d64="128 64 8 3", d128="128 64 8 3", d192="64 64 8 2", d256="64 64 8 2"),
+        fwd={64: "128 128 8 3", 128: "128 64 8 3", 256: "128 64 8 2"},
+        dkdv={80: "64 128 8 3", 96: "32 128 8 3", 128: "64 128 8 3", 256: "32 64 8 2"},
+        dq={128: "128 64 8 3", 256: "128 32 8 2"},
     ),
     # 227 KiB, tcgen05
     100: _rows(
-        fwd=dict(d64="128 128 8 3", d128="128 64 8 3", d192="128 64 8 2", d256="128 64 8 2"),
-        dkdv=dict(d64="64 128 8 3", d128="64 128 8 2", d256="32 64 8 2"),
-        dq=dict(d64="128 64 8 3", d128="128 64 8 2", d192="64 64 8 2", d256="64 64 8 2"),
+        fwd={64: "128 128 8 3", 128: "128 64 8 3", 192: "128 64 8 2", 256: "128 32 8 2"},
+        dkdv={128: "64 128 8 3", 192: "64 64 8 2", 256: "32 64 8 2"},
+        dq={128: "128 64 8 3", 256: "64 64 8 2"},
     ),
 }
 # true fp32 products run on the ordinary cores: small tiles, every architecture
 FP32 = _rows(
-    fwd=dict(d64="32 32 4 1", d128="32 32 4 1", d256="16 32 4 1"),
-    dkdv=dict(d64="32 32 4 1", d128="16 32 4 1", d256="16 16 4 1"),
-    dq=dict(d64="32 32 4 1", d128="32 16 4 1", d256="16 16 4 1"),
+    fwd={128: "32 32 8 1", 256: "16 16 8 1"},
+    dkdv={64: "32 32 4 1", 128: "16 32 4 1", 256: "16 16 4 1"},
+    dq={64: "32 16 4 1", 256: "16 16 8 1"},
 )
-# taken when the self-check rejects the first choice; small and unpipelined, they fit everywhere
-FALLBACKS = (TileConfig(64, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1))
+# taken when the self-check rejects the first choice: unpipelined, the smallest last; by bytes of an element
+FALLBACKS = {
+    2: (TileConfig(64, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
+    4: (TileConfig(16, 16, 8, 1), TileConfig(16, 16, 4, 1)),
+}
 INTERPRETER = TileConfig(32, 16, 4, 1)
 
 
@@ -100,4 +110,4 @@ def choose(kernel, capability, head_dim, itemsize):
         return (INTERPRETER,)
     table = (FP32 if itemsize == 4 else TABLES[arch_of(capability)])[kernel]
     first = table[min(dim for dim in table if dim >= sum(chunks(head_dim)))]
-    return (first, *(config for config in FALLBACKS if config != first))
+    return (first, *(config for config in FALLBACKS[itemsize] if config != first))

@@ -87,9 +87,10 @@ def _dkdv_blocks(
             )
             dv0, dv1 = dot_acc(p, do0, do1, dv0, dv1, D1)
             dp = dot_rows(v0, v1, do0, do1, D1)
-        if SINK_MASS and holds_sink:
+        if SINK_MASS:
             sink_g = hooks.load_row(sink_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
-            dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
+            if holds_sink:
+                dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
         entropy_g, floor, weight = lse2, lse2, lse2
         if ENTROPY:
             entropy_g = hooks.load_row(entropy_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
