@@ -8,7 +8,7 @@ import surgery_kernels as sk
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton_cases import ALL_STATS, DEVICE, Case, check, run
+from triton_cases import ALL_STATS, DEVICE, Case, check, interpreter, launcher, run  # noqa: F401
 
 pytest.importorskip("triton")
 from surgery_kernels.backends.triton import configs
@@ -190,6 +190,25 @@ def test_expanded_gradients():
         torch.testing.assert_close(actual.double(), truth, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("padding", ["left", "more_rows"])
+def test_nan_in_rows_that_see_nothing(padding):
+    """nan * 0: neither q nor the gradient of such a row may reach anything, dk and dv least of all."""
+    options = {"leftpad_k": (30,)} if padding == "left" else {"len_k": 20}
+    case = Case(50, **({"len_k": 50} | options))
+    q, k, v = case.qkv()
+    q[:, :30] = math.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    got = case.call(*leaves)
+    outputs = (got.out, got.lse, *got.stats.values())
+    weights = [torch.ones_like(x) for x in outputs]
+    weights[0][:, :30] = math.nan
+    for x in weights[1:]:
+        x[..., :30] = math.nan
+    grads = torch.autograd.grad(outputs, leaves, weights)
+    assert all(x.isfinite().all() for x in grads)
+    assert all(x[x != -math.inf].isfinite().all() for x in outputs)
+
+
 def test_gradients_of_blind_rows_are_dropped():
     """inf * 0: a row that sees no key must not carry an infinite gradient into dk."""
     case = Case(50, 20, stats=("sink_mass",))
@@ -236,8 +255,6 @@ def test_backward_repeats_bitwise():
 
 def test_heads_split_between_programs():
     """A program a query head and a sum afterwards gives what the loop over the group gives."""
-    from surgery_kernels.backends.triton import run as launcher
-
     with mock.patch.object(launcher, "head_splits", lambda inputs, config: 4):
         check(Case(40, 40, n_heads=8, n_kv=2, batch=2))
         check(Case(lengths=LENGTHS, n_heads=4, n_kv=1))

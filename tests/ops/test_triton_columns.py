@@ -5,7 +5,7 @@ import math
 import pytest
 import surgery_kernels as sk
 import torch
-from triton_cases import DEVICE
+from triton_cases import DEVICE, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
 from surgery_kernels.backends import triton as backend

@@ -8,7 +8,7 @@ import sys
 import pytest
 import surgery_kernels as sk
 import torch
-from triton_cases import DEVICE, Case
+from triton_cases import DEVICE, Case, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
 from surgery_kernels.backends.triton import configs, launch, run, self_check

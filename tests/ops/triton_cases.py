@@ -1,13 +1,30 @@
 """Problems for the Triton backend, and the fp64 autograd truth of each."""
 
+import os
 from dataclasses import dataclass
+from unittest import mock
 
+import pytest
 import surgery_kernels as sk
 import torch
 from surgery_kernels.testing import assert_no_worse_than_baseline, attention_truth, make_qkv
 
 ALL_STATS = ("sink_mass", "entropy", "max_logit")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
+
+# read when triton and the kernels are first imported; left set it would offer the backend to every other CPU test
+with mock.patch.dict(os.environ, INTERPRETED):
+    pytest.importorskip("triton")
+    from surgery_kernels.backends.triton import columns  # noqa: F401
+    from surgery_kernels.backends.triton import run as launcher  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Without a GPU the kernels run in Triton's interpreter; a test module imports this to switch it on."""
+    for name, value in INTERPRETED.items():
+        monkeypatch.setenv(name, value)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def row_blocks(
     high = tl.where((n0 < end_k) & (n0 + BLOCK_N > first_key), end_q, 0)
     full_high = end_q
     if HAS_RIGHT:
-        low = tl.maximum(low, n0 - right - shift)
+        # rows before the first key's see nothing; what they hold (nan, say) must not meet a product
+        low = tl.maximum(low, tl.maximum(n0, first_key) - right - shift)
         full_low = tl.maximum(full_low, n0 + BLOCK_N - 1 - right - shift)
     if HAS_LEFT:
         high = tl.minimum(high, n0 + BLOCK_N + left - shift)

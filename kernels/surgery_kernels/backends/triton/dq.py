@@ -203,8 +203,10 @@ def _bwd_dq_kernel(
             MASKED,
         )
     dq0, dq1 = state
-    dq0 = dq0 * scale
+    # a row that sees no key gets 0 whatever its dout is, nan too
+    sees = (lse2 < float("inf"))[:, None]
+    dq0 = tl.where(sees, dq0 * scale, 0.0)
     if D1 > 0:
-        dq1 = dq1 * scale
+        dq1 = tl.where(sees, dq1 * scale, 0.0)
     dq_head = head_ptr(dq_ptr, dq_strides, DQ_STEPS, batch, head, start_q)
     store_rows(dq_head, dq0, dq1, m0, len_q, DQ_STEPS, BLOCK_M, D0, D1, D)

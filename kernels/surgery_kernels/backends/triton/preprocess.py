@@ -128,7 +128,7 @@ def _max_ties_kernel(
     in_rows = offs_m < len_q
     rows = row_offset(row_strides, batch, head, start_q) + offs_m
     lse2 = tl.load(lse2_ptr + rows, mask=in_rows, other=float("inf"))
-    floor = hooks.max_floor(tl.load(max_ptr + rows, mask=in_rows, other=0.0), lse2)
+    width = hooks.tie_width(tl.load(max_ptr + rows, mask=in_rows, other=0.0))
     q0, q1 = load_rows(
         head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q), m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, True
     )
@@ -137,6 +137,8 @@ def _max_ties_kernel(
         m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     ties = tl.zeros([BLOCK_M], tl.float32)
+    # its own maximum: one that the forward rounded differently might be attained by no key here
+    x_max = ties - float("inf")
     for MASKED in tl.static_range(2):
         n_key_blocks = n_full
         if MASKED:
@@ -145,13 +147,16 @@ def _max_ties_kernel(
             n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
             k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
             x = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP) * scale2 - lse2[:, None]
-            hit = x >= floor[:, None]
             if MASKED:
                 offs_n = n0 + tl.arange(0, BLOCK_N)[None, :]
-                seen = hit & (offs_n < end_k)
-                hit = in_window(seen, offs_m[:, None], offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
-            ties += tl.sum(hit.to(tl.float32), 1)
+                seen = in_window(offs_n < end_k, offs_m[:, None], offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
+                x = tl.where(seen, x, float("-inf"))
+            x_new = tl.maximum(x_max, tl.max(x, 1))
+            hit = (x >= (x_new - width)[:, None]) & (x > float("-inf"))
+            ties = tl.where(x_new > x_max + width, 0.0, ties) + tl.sum(hit.to(tl.float32), 1)
+            x_max = x_new
     g = tl.load(dmax_ptr + rows, mask=in_rows, other=0.0)
-    weight = tl.where(lse2 == float("inf"), 0.0, g / tl.maximum(ties, 1.0))
-    tl.store(floor_ptr + rows, floor, mask=in_rows)
+    sees = x_max > float("-inf")
+    weight = tl.where(sees, g / tl.maximum(ties, 1.0), 0.0)
+    tl.store(floor_ptr + rows, tl.where(sees, x_max - width, float("inf")), mask=in_rows)
     tl.store(weight_ptr + rows, weight, mask=in_rows)

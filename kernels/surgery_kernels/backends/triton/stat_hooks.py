@@ -100,11 +100,9 @@ def entropy_dp(dp, g, x):
 
 
 @triton.jit
-def max_floor(max_logit, lse2):
-    """The x from which a key counts as attaining max_logit; +inf for a row that sees no key (lse2 = inf)."""
-    m2 = max_logit * (1.0 / LN2)
-    floor = m2 - TIE * (1.0 + tl.abs(m2)) - lse2
-    return tl.where(lse2 == float("inf"), float("inf"), floor)
+def tie_width(max_logit):
+    """How far below the maximum a key still ties with it, in units of x."""
+    return TIE * (1.0 + tl.abs(max_logit) * (1.0 / LN2))
 
 
 @triton.jit
