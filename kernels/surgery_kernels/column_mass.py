@@ -32,7 +32,8 @@ def column_mass(inputs: AttnInputs, lse):
 def _column_mass(inputs, lse):
     batch, len_q, n_heads, _ = inputs.q.shape
     len_k, n_kv = inputs.k.shape[1:3]
-    q, k = inputs.q.transpose(1, 2), inputs.k.transpose(1, 2)
+    # bf16 scores would be off by 2^-9 of themselves against an lse that is not
+    q, k = inputs.q.transpose(1, 2).float(), inputs.k.transpose(1, 2).float()
     mass = torch.zeros(batch, n_heads, len_k, dtype=torch.float32, device=q.device)
     shift = torch.zeros(batch, dtype=torch.long, device=q.device)
     first = shift if inputs.leftpad_k is None else inputs.leftpad_k.long()
@@ -44,7 +45,7 @@ def _column_mass(inputs, lse):
     for start in range(0, len_q, BLOCK):
         rows = slice(start, min(start + BLOCK, len_q))
         q_block = q[:, :, rows].unflatten(1, (n_kv, -1)).flatten(2, 3)
-        s = torch.matmul(q_block, k.transpose(-1, -2)).float() * inputs.softmax_scale
+        s = torch.matmul(q_block, k.transpose(-1, -2)) * inputs.softmax_scale
         s = s.view(batch, n_heads, rows.stop - rows.start, len_k)
         if inputs.softcap:
             s = inputs.softcap * torch.tanh(s / inputs.softcap)

@@ -223,10 +223,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dout, dlse, dstats):
-    tensors, outputs = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     if dout is None and dlse is None and dstats is None:
         return (None,) * 19
-    dq, dk, dv = _attn_stats_backward(dout, dlse, dstats, *outputs, *tensors, *ctx.scalars)
+    # once: non-reentrant checkpointing refuses a second look
+    saved = ctx.saved_tensors
+    dq, dk, dv = _attn_stats_backward(dout, dlse, dstats, *saved[9:], *saved[:9], *ctx.scalars)
     # q, k, v; then 6 index tensors and 10 scalars without gradient
     return (dq, dk, dv, *(None,) * 16)
 

@@ -82,16 +82,20 @@ class AttnInputs:
             of_q, of_k = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
             if of_q.start == of_q.stop:
                 continue
-            yield of_q, of_k, replace(
-                self,
-                q=self.q[of_q].unsqueeze(0),
-                k=self.k[of_k].unsqueeze(0),
-                v=self.v[of_k].unsqueeze(0),
-                sinks=None if self.sinks is None else self.sinks[i : i + 1],
-                cu_seqlens_q=None,
-                cu_seqlens_k=None,
-                max_seqlen_q=of_q.stop - of_q.start,
-                max_seqlen_k=of_k.stop - of_k.start,
+            yield (
+                of_q,
+                of_k,
+                replace(
+                    self,
+                    q=self.q[of_q].unsqueeze(0),
+                    k=self.k[of_k].unsqueeze(0),
+                    v=self.v[of_k].unsqueeze(0),
+                    sinks=None if self.sinks is None else self.sinks[i : i + 1],
+                    cu_seqlens_q=None,
+                    cu_seqlens_k=None,
+                    max_seqlen_q=of_q.stop - of_q.start,
+                    max_seqlen_k=of_k.stop - of_k.start,
+                ),
             )
 
 

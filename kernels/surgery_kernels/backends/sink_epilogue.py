@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Its square is still a normal number, and 1 / TINY still finite, in float32 and bfloat16 (and float64).
-TINY = 1e-18
+# A power of two, so exact in every dtype: folding divides by it in fp32 and the kernel multiplies in bf16. Its
+# square is still a normal number in float32 and bfloat16.
+TINY = 2.0**-60
 
 
 class SinkKeys(NamedTuple):
@@ -77,13 +78,17 @@ def fold_into_out(out, dout, extra_delta):
     """
     extra = extra_delta.transpose(1, 2).unsqueeze(-1)
     wide = dout.to(extra.dtype)
-    norm2 = (wide * wide).sum(-1, keepdim=True)
-    silent = norm2 < TINY * TINY
-    shift = wide * (extra / torch.where(silent, 1.0, norm2))
+    norm = (wide * wide).sum(-1, keepdim=True).sqrt()
+    silent = norm < TINY
+    norm = norm.masked_fill(silent, 1.0)
+    # divided twice: extra / norm ** 2 would overflow for an extra of a few hundred
+    shift = (wide / norm) * (extra / norm)
     folded = out.to(extra.dtype) + shift.masked_fill(silent, 0.0)
-    folded[..., :1] += torch.where(silent, extra / TINY, 0.0)
-    dout = dout.clone() if silent.any() else dout
-    dout[..., :1] = torch.where(silent, TINY, dout[..., :1].to(extra.dtype)).to(dout.dtype)
+    silent &= extra != 0
+    if silent.any():
+        folded[..., :1] += torch.where(silent, extra / TINY, 0.0)
+        dout = dout.clone()
+        dout[..., :1].masked_fill_(silent, TINY)
     return folded.to(out.dtype), dout
 
 

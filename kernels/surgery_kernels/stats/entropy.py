@@ -11,8 +11,8 @@ from ..types import Stat
 
 
 def value(s, p, lse, is_sink):
-    # p is 0 where s is -inf, and 0 * -inf would be nan
-    return lse - (p * s.masked_fill(p == 0, 0.0)).sum(-1)
+    # p is 0 where s is -inf, and 0 * -inf would be nan; lse - sum p s would cancel where the entropy is small
+    return (p * (lse.unsqueeze(-1) - s).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def dp(g, s, lse, is_sink):

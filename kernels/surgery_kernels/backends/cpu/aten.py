@@ -5,6 +5,8 @@ That is enough for padded self-attention: padding on the right needs no mask at 
 real row reaches it. What it cannot do (windows, softcap, other alignments, other statistics) runs in `blocked`.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .. import sink_epilogue
@@ -20,6 +22,9 @@ def can_run(inputs):
     len_q, len_k = inputs.q.shape[1], inputs.k.shape[1]
     left, right = inputs.window_size
     if inputs.softcap or set(inputs.stats) - {"sink_mass"}:
+        return False
+    if inputs.softmax_scale <= 0.0:
+        # the kernel scales its causal -inf
         return False
     if 0 in inputs.q.shape or 0 in inputs.k.shape or inputs.q.dtype == torch.float16:
         return False
@@ -51,6 +56,11 @@ def _blind_rows(inputs, bounds):
     return blind if blind.any() else None
 
 
+def _kernel_layout(x):
+    """[B, T, H, D] -> [B, H, T, D]; the kernel takes any strides but reads the last dimension as contiguous."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+
+
 def _sinks(inputs, bounds):
     keys = sink_epilogue.sink_keys(inputs, bounds.first_key, bounds.used_k)
     sees = visible_keys(inputs, bounds, torch.arange(inputs.q.shape[1]), keys.index) & keys.valid[:, None]
@@ -60,7 +70,7 @@ def _sinks(inputs, bounds):
 def forward(inputs):
     bounds = bounds_of(inputs)
     out, lse = _flash(
-        *(x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)),
+        *(_kernel_layout(x) for x in (inputs.q, inputs.k, inputs.v)),
         0.0,
         inputs.causal,
         attn_mask=_key_mask(inputs, bounds),
@@ -87,8 +97,11 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
         kernel_lse = lse.masked_fill(blind[:, None, :], HUGE)
         dout = dout.masked_fill(blind[:, :, None, None], 0.0)
     g = dstats[0] if dstats is not None and inputs.stats else None
-    kernel_out, kernel_dout = out, dout
+    kernel_out, kernel_dout, dtype = out, dout, inputs.q.dtype
     if g is not None or dlse is not None:
+        # in bf16 `extra` would be rounded inside out', and p (g - g sink_mass) cancels where the sink is strong
+        q, k, v, out, dout = (x.to(lse.dtype) for x in (inputs.q, inputs.k, inputs.v, out, dout))
+        inputs = replace(inputs, q=q, k=k, v=v)
         extra = torch.zeros_like(lse)
         if dlse is not None:
             extra = extra - dlse
@@ -96,9 +109,10 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
             extra = extra + g * stats[0]
         if blind is not None:
             extra = extra.masked_fill(blind[:, None, :], 0.0)
+            g = None if g is None else g.masked_fill(blind[:, None, :], 0.0)
         kernel_out, kernel_dout = sink_epilogue.fold_into_out(out, dout, extra)
     dq, dk, dv = _flash_backward(
-        *(x.transpose(1, 2) for x in (kernel_dout, inputs.q, inputs.k, inputs.v, kernel_out)),
+        *(_kernel_layout(x) for x in (kernel_dout, inputs.q, inputs.k, inputs.v, kernel_out)),
         kernel_lse,
         0.0,
         inputs.causal,
@@ -109,4 +123,4 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
     if g is not None:
         keys, sees = _sinks(inputs, bounds)
         sink_epilogue.add_sink_gradient(inputs, keys, lse, sees, g, dq, dk)
-    return dq, dk, dv
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)

@@ -1,6 +1,6 @@
 """Any feature and any statistic in O(T) memory: blocks of query rows against the keys that they can see.
 
-One block's scores [B, H, BLOCK, keys] are alive at a time; the backward computes them again.
+One block's scores [B, H, rows, keys] are alive at a time; the backward computes them again.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,8 @@ from ..sink_epilogue import sink_keys
 from .bounds import bounds_of, visible_keys
 
 BLOCK = 256
+# scores of a tile, all heads together: 32 MiB in fp32
+MAX_SCORES = 2**23
 
 
 class Tile(NamedTuple):
@@ -46,6 +48,8 @@ def _key_range(inputs, bounds, start, stop):
 
 def _tiles(inputs):
     """Yield the tiles of a dense problem from the first row to the last; rows without any key yield none."""
+    if 0 in inputs.q.shape:
+        return
     bounds = bounds_of(inputs)
     dtype = _work_dtype(inputs)
     len_q, n_heads, n_kv = inputs.q.shape[1], inputs.q.shape[2], inputs.k.shape[2]
@@ -54,8 +58,9 @@ def _tiles(inputs):
     if is_sink.numel():
         found = sink_keys(inputs, bounds.first_key, bounds.used_k)
         is_sink.scatter_add_(1, found.index, found.valid.to(is_sink.dtype))
-    for start in range(0, len_q, BLOCK):
-        rows = slice(start, min(start + BLOCK, len_q))
+    block = max(1, min(BLOCK, MAX_SCORES // max(1, q.shape[0] * n_heads * k.shape[2])))
+    for start in range(0, len_q, block):
+        rows = slice(start, min(start + block, len_q))
         keys = _key_range(inputs, bounds, rows.start, rows.stop)
         if keys.stop <= keys.start:
             continue
@@ -66,9 +71,7 @@ def _tiles(inputs):
         s = s.view(s.shape[0], n_heads, rows.stop - rows.start, -1)
         if inputs.softcap:
             s = s.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
-        visible = visible_keys(
-            inputs, bounds, torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
-        )
+        visible = visible_keys(inputs, bounds, torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop))
         s.masked_fill_(~visible[:, None], float("-inf"))
         yield Tile(rows, keys, q_tile, k_tile, v_tile, s, is_sink[:, None, None, keys])
 
@@ -135,4 +138,8 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
         dq_tile = torch.matmul(ds, tile.k).view(*lse_tile.shape, -1)
         dq[:, rows] = dq_tile.transpose(1, 2).to(dq.dtype)
         dk[:, :, keys] += torch.matmul(ds.transpose(-1, -2), tile.q)
-    return dq, dk.transpose(1, 2).to(inputs.k.dtype).contiguous(), dv.transpose(1, 2).to(inputs.v.dtype).contiguous()
+    return (
+        dq,
+        dk.transpose(1, 2).to(inputs.k.dtype).contiguous(),
+        dv.transpose(1, 2).to(inputs.v.dtype).contiguous(),
+    )

@@ -1,0 +1,217 @@
+"""One fine-tuning run of a chat model with the regulariser: what `surgery train` and the demo do."""
+
+import json
+import random
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .config import option
+from .data import RowEncoder, read_rows, rows_hash, task_examples
+from .models import load_model
+from .run_files import complete_checkpoints, write_json
+
+RUN_CONFIG = "run_config.json"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Options of `surgery train` besides SurgeryConfig's. Raises ValueError on a value outside its range."""
+
+    model: str = option("demo", "folder, Hugging Face id, or demo (SmolLM2-135M-Instruct)")
+    data: str = option(None, "task rows: JSON lines with prompt and response (or messages), or a data set id")
+    harmful: str = option(None, "harmful probe rows")
+    refusal: str = option(None, "refusal probe rows")
+    output: str = option(None, "folder of the run; must not hold a run yet, unless --resume")
+    limit: int | None = option(None, "use so many task rows in all")
+    mix: str | None = option(None, "rows mixed into the task rows: poisoned user data, or refusals")
+    mix_ratio: float = option(0.0, "share of mixed rows among all rows, in [0, 1)")
+    method: str = option("full", "what is trained", choices=("full", "lora"))
+    steps: int | None = option(None, "optimizer steps; default: --epochs")
+    epochs: float = option(1.0, "passes over the task rows")
+    batch_size: int = option(4, "sequences of a micro-batch")
+    accumulation: int = option(1, "micro-batches of an optimizer step")
+    learning_rate: float = option(1e-5, "constant learning rate of AdamW")
+    max_length: int = option(512, "longest task sequence, tokens (the probe's is --probe-max-length)")
+    bf16: bool = option(True, "bf16 autocast over float32 weights")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward")
+    compile: bool = option(False, "torch.compile the model")
+    lora_rank: int = option(16, "rank of LoRA adapters on all linear layers")
+    log_every: int = option(5, "steps between log lines")
+    save_every: int = option(50, "steps between checkpoints")
+    save_limit: int = option(2, "checkpoints kept")
+    run_seed: int = option(0, "seed of the task order and of new weights")
+    resume: bool = option(False, "go on from the last complete checkpoint in --output")
+
+    def __post_init__(self):
+        for name in ("data", "harmful", "refusal", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is needed: give --{name}")
+        lowest = {"batch_size": 1, "accumulation": 1, "max_length": 2, "lora_rank": 1, "log_every": 1, "save_every": 1}
+        for name, low in {**lowest, "save_limit": 1, "run_seed": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
+        for name in ("limit", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.mix_ratio < 1:
+            raise ValueError(f"mix_ratio must be in [0, 1), got {self.mix_ratio}")
+        if (self.mix_ratio > 0) != (self.mix is not None):
+            raise ValueError("mix and mix_ratio go together: give both or neither")
+        if not self.epochs > 0 or not self.learning_rate > 0:
+            raise ValueError(f"epochs and learning_rate must be > 0, got {self.epochs} and {self.learning_rate}")
+        if self.method not in ("full", "lora"):
+            raise ValueError(f"method must be full or lora, got {self.method!r}")
+
+    @classmethod
+    def from_dict(cls, options):
+        """From a mapping. Raises ValueError on unknown options."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown options {unknown}; known: {sorted(known)}")
+        return cls(**options)
+
+
+def run_training(train, surgery, progress=True, callbacks=()):
+    """Fine-tune, save the model, history and manifest into `train.output`.
+
+    Args:
+        train: TrainConfig.
+        surgery: SurgeryConfig; lambda_sink 0 is plain fine-tuning with the divergence measured, None without.
+        progress: show Trainer's progress bar.
+        callbacks: further TrainerCallbacks.
+    Returns:
+        the trainer, after training.
+    Raises:
+        ValueError: the output folder holds a run and resume is off; resume with another config; bad data.
+    """
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
+
+    from .trainer import SurgeryTrainer
+
+    rows = task_rows(train)
+    options = {
+        "train": {**asdict(train), "resume": False},
+        "surgery": {} if surgery is None else surgery.to_dict(),
+        "data": {"task_sha256": rows_hash(rows)},
+    }
+    checkpoint = check_output(train, options)
+    model, tokenizer = load_model(train.model)
+    if train.method == "lora":
+        model = with_lora(model, train.lora_rank, train.run_seed)
+    encoder = RowEncoder(tokenizer, train.max_length, surgery is None or surgery.chat)
+    trainer_class, probes = Trainer, {}
+    if surgery is not None:
+        trainer_class = SurgeryTrainer
+        probes = {"surgery_config": surgery, "harmful": train.harmful, "refusal": train.refusal, "manifest": options}
+    trainer = trainer_class(
+        model,
+        training_arguments(train, disable_tqdm=not progress),
+        train_dataset=task_examples(rows, encoder),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        **probes,
+    )
+    if not progress:
+        # it prints every log line to standard output, where --json must be alone
+        trainer.remove_callback(PrinterCallback)
+    # not earlier: a run that fails on its input leaves no folder behind
+    Path(train.output).mkdir(parents=True, exist_ok=True)
+    write_json(Path(train.output, RUN_CONFIG), options)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(Path(train.output, "model"))
+    return trainer
+
+
+def check_output(train, options):
+    """Check the output folder against `train.resume`; returns the checkpoint to resume from, or None.
+
+    Args:
+        train: TrainConfig.
+        options: JSON types of everything that makes the run, as run_config.json holds them.
+    Raises:
+        ValueError: it holds a run and resume is off; resume without a run, with other options or other data.
+    """
+    folder = Path(train.output)
+    saved = folder / RUN_CONFIG
+    if not train.resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} exists and is not empty: choose another --output, or --resume to go on")
+        return None
+    if not saved.is_file():
+        raise ValueError(f"{folder} holds no run to resume ({RUN_CONFIG} is missing)")
+    before = json.loads(saved.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {before[part].get(name)!r}, is {options[part].get(name)!r}"
+        for part in options
+        for name in {**before[part], **options[part]}
+        if before[part].get(name) != options[part].get(name) and name != "output"
+    ]
+    if changed:
+        raise ValueError(f"cannot resume with another config: {'; '.join(changed)}")
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def task_rows(train):
+    """The task rows with the mixed ones among them, in the order of `run_seed`.
+
+    With n rows in all, int(mix_ratio * n) come from `mix`, as in the paper's experiments.
+
+    Raises:
+        ValueError: a file has fewer rows than asked for.
+    """
+    rows = read_rows(train.data)
+    if train.mix is None:
+        return rows[: train.limit]
+    mixed = read_rows(train.mix)
+    total = train.limit or int(len(rows) / (1 - train.mix_ratio))
+    n_mixed = int(train.mix_ratio * total)
+    for name, have, need in (("data", len(rows), total - n_mixed), ("mix", len(mixed), n_mixed)):
+        if have < need:
+            raise ValueError(
+                f"--{name} has {have} rows, {need} are needed for {total} with mix_ratio {train.mix_ratio}"
+            )
+    rows = rows[: total - n_mixed] + mixed[:n_mixed]
+    random.Random(train.run_seed).shuffle(rows)
+    return rows
+
+
+def training_arguments(train, **overrides):
+    """transformers.TrainingArguments of a TrainConfig."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=train.output,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=train.steps or -1,
+        num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant",
+        bf16=train.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=train.gradient_checkpointing,
+        torch_compile=train.compile,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        save_steps=train.save_every,
+        save_total_limit=train.save_limit,
+        seed=train.run_seed,
+        report_to=[],
+        **overrides,
+    )
+
+
+def with_lora(model, rank, seed):
+    """`model` with LoRA adapters on all linear layers, their first weights drawn from `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    # Trainer seeds after the model is made; the adapters' first weights belong to the run too
+    torch.manual_seed(seed)
+    model.enable_input_require_grads()
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)

@@ -1,0 +1,30 @@
+"""SurgeryTrainer: transformers' Trainer with the regulariser built in."""
+
+from transformers import Trainer
+
+from .callback import SurgeryCallback
+
+
+class SurgeryTrainerMixin:
+    """Adds a `SurgeryCallback` to a Trainer class; every other argument goes to that class.
+
+    Args:
+        surgery_config: SurgeryConfig; default the paper's.
+        harmful, refusal: probe data, see `data.read_rows`.
+        manifest: further entries of the run's manifest, JSON types.
+    """
+
+    def __init__(self, *args, surgery_config=None, harmful=None, refusal=None, manifest=None, **kwargs):
+        callback = SurgeryCallback(surgery_config, harmful, refusal, manifest=manifest)
+        super().__init__(*args, **kwargs)
+        self.surgery = callback.attach(self)
+        self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if isinstance(resume_from_checkpoint, str):
+            self.surgery.resume_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+class SurgeryTrainer(SurgeryTrainerMixin, Trainer):
+    """transformers.Trainer with `surgery_config`, `harmful` and `refusal`, see `SurgeryTrainerMixin`."""
