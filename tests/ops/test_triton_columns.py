@@ -40,9 +40,7 @@ def test_column_mass_matches_torch(len_q, len_k, options):
     inputs = make(len_q, len_k, **options)
     lse = sk.attn_forward(inputs, "reference")[1]
     mass = backend.column_mass(inputs, lse)
-    expected = sk.column_mass(
-        sk.AttnInputs(**{**vars(inputs), "q": inputs.q.cpu(), "k": inputs.k.cpu()}), lse.cpu()
-    )
+    expected = sk.column_mass(sk.AttnInputs(**{**vars(inputs), "q": inputs.q.cpu(), "k": inputs.k.cpu()}), lse.cpu())
     torch.testing.assert_close(mass.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -182,16 +182,12 @@ def check(case, which=None, qkv=None):
     names = ["out", "lse", *case.stats]
     for name, actual, expected in zip(names[1:], outputs[1:], true_outputs[1:], strict=True):
         assert actual.dtype == torch.float32
-        torch.testing.assert_close(
-            actual.double(), expected, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     pairs = list(zip(["out", "dq", "dk", "dv"], [outputs[0], *grads], [true_outputs[0], *true_grads], strict=True))
     if case.dtype == torch.float32:
         for name, actual, expected in pairs:
             atol = 2e-5 * (1 + expected.abs().max().item()) if expected.numel() else 0.0
-            torch.testing.assert_close(
-                actual.double(), expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
         return
     plain_outputs, plain_grads = baseline(case, qkv, which)
     for (name, actual, expected), plain in zip(pairs, [plain_outputs[0], *plain_grads], strict=True):

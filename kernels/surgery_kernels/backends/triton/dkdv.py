@@ -66,9 +66,7 @@ def _dkdv_blocks(
         member = index // per_head
         m0 = block_start(index - member * per_head, low, n_head, full, tail, BLOCK_M, MASKED)
         rows = member.to(tl.int64) * row_stride_h
-        q0, q1 = load_rows(
-            q_ptr + member.to(tl.int64) * q_stride_h, m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, MASKED
-        )
+        q0, q1 = load_rows(q_ptr + member.to(tl.int64) * q_stride_h, m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, MASKED)
         offs_m = m0 + tl.arange(0, BLOCK_M)
         lse2 = hooks.load_row(lse2_ptr + rows, offs_m, end_q, float("inf"), MASKED)
         # [BLOCK_N, D] @ [D, BLOCK_M] -> [BLOCK_N, BLOCK_M], fp32
