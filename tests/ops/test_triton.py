@@ -262,6 +262,13 @@ def test_operator_registration():
         torch.testing.assert_close(a, b)
 
 
+def test_auto_compiles_without_a_graph_break():
+    """The choice of a backend asks the device; torch.compile must not trace that."""
+    q = torch.randn(1, 9, 2, 16, device=DEVICE)
+    call = torch.compile(lambda q: sk.flash_attn_stats(q, q, q).out, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call(q), sk.flash_attn_stats(q, q, q).out)
+
+
 def reasons(q, **options):
     k = q[..., :1, :]
     return sk.BACKENDS["triton"].unsupported_reasons(sk.make_inputs(q, k, k, **options))

@@ -15,19 +15,30 @@ def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unsupported_reasons(inputs):
+def _device_reasons(device_type, index):
+    """Why nothing can run on this device, as a tuple."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
-    device, dtype, head_dim = inputs.q.device, inputs.q.dtype, inputs.q.shape[-1]
     if _interpreted():
-        if dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
-    elif device.type != "cuda" or torch.version.hip:
-        reasons.append(f"runs on NVIDIA GPUs, got {device}")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+        return tuple(reasons)
+    if device_type != "cuda" or torch.version.hip:
+        reasons.append(f"runs on NVIDIA GPUs, got {device_type}")
+    elif torch.cuda.get_device_capability(index) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(index)
         reasons.append(f"needs compute capability 8.0, got {major}.{minor}")
+    return tuple(reasons)
+
+
+# what torch.compiler.assume_constant_result sets, without its import of the compiler: asked once, not traced
+_device_reasons._dynamo_marked_constant = True
+
+
+def unsupported_reasons(inputs):
+    device, dtype, head_dim = inputs.q.device, inputs.q.dtype, inputs.q.shape[-1]
+    reasons = list(_device_reasons(device.type, device.index))
+    if dtype == torch.bfloat16 and _interpreted():
+        reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
     if dtype == torch.float64:
         reasons.append("computes in float32, got float64")
     if head_dim > MAX_HEAD_DIM:
