@@ -69,6 +69,7 @@ def key_blocks(
     end_q,
     end_k,
     first_key,
+    full_from,
     shift,
     left,
     right,
@@ -77,10 +78,10 @@ def key_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The key blocks of the rows [m0, m0 + BLOCK_M), see `_split`."""
+    """The key blocks of the rows [m0, m0 + BLOCK_M), see `_split`; none is full before key full_from."""
     last = tl.minimum(m0 + BLOCK_M, end_q) - 1
     low = first_key
-    full_low = first_key
+    full_low = full_from
     high = tl.where(m0 < end_q, end_k, first_key)
     full_high = end_k
     if HAS_LEFT:

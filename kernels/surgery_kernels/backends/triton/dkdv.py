@@ -30,7 +30,6 @@ def _dkdv_blocks(
     window,
     scales,
     sink,
-    holds_sink,
     Q_STEPS: tl.constexpr,
     DOUT_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -85,10 +84,9 @@ def _dkdv_blocks(
             )
             dv0, dv1 = dot_acc(p, do0, do1, dv0, dv1, D1)
             dp = dot_rows(v0, v1, do0, do1, D1)
-        if SINK_MASS:
+        if SINK_MASS and MASKED:
             sink_g = hooks.load_row(sink_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
-            if holds_sink:
-                dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
+            dp = hooks.sink_dp(dp, sink_g[None, :], sink[:, None])
         entropy_g, floor, weight = lse2, lse2, lse2
         if ENTROPY:
             entropy_g = hooks.load_row(entropy_g_ptr + rows, offs_m, end_q, 0.0, MASKED)
@@ -190,39 +188,45 @@ def _bwd_dkdv_kernel(
             True,
         )
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    span = row_blocks(n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+    low, n_head, full, n_full, tail, n_tail = row_blocks(
+        n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
     sink = offs_n < 0
-    holds_sink = False
     if SINK_MASS:
         sink_low, sink_high = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
         sink = hooks.is_sink(offs_n, batch, first_key, sinks, N_POSITIONS)
-        holds_sink = (n0 < sink_high) & (n0 + BLOCK_N > sink_low)
+        # a block with a sink key takes all its rows through the masked loop, the only one that knows of the statistic
+        # (a branch in the loop would give dp another layout on mma.sync, and cost registers everywhere)
+        moved = tl.where((n0 < sink_high) & (n0 + BLOCK_N > sink_low), n_full, 0)
+        n_head = n_head + moved
+        n_full -= moved
+    span = (low, n_head, full, n_full, tail, n_tail)
     dk0, dk1 = empty_pair(BLOCK_N, D0, D1)
     dv0, dv1 = empty_pair(BLOCK_N, D0, D1)
     state = (dk0, dk1, dv0, dv1)
     head = out_head * heads_each
     q_head = head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q)
     ptrs = (q_head, q_head)
-    heads = (heads_each, q_strides[1], 0, row_strides[1])
+    dout_stride_h = 0
     if HAS_DOUT:
         ptrs = (q_head, head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q))
-        heads = (heads_each, q_strides[1], dout_strides[1], row_strides[1])
+        dout_stride_h = dout_strides[1]
     head_rows = hooks.shift_rows(row_ptrs, row_offset(row_strides, batch, head, start_q))
-    for MASKED in tl.static_range(2):
+    # the masked loop first: fewer registers than the other way round
+    for MASKED in tl.static_range(1, -1, -1):
         state = _dkdv_blocks(
             state,
             k,
             v,
             ptrs,
             head_rows,
-            heads,
+            (heads_each, q_strides[1], dout_stride_h, row_strides[1]),
             n0,
             end_q,
             span,
             (shift, left, right),
             (scale2, cap_scale),
             sink,
-            holds_sink,
             Q_STEPS,
             DOUT_STEPS,
             HAS_LEFT,

@@ -51,7 +51,7 @@ def _dq_blocks(
     low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
-    sinks, batch, first_key, sink_low, sink_high = sink_keys
+    sinks, batch, first_key = sink_keys
     n_blocks = n_full
     if MASKED:
         n_blocks = n_head + n_tail
@@ -70,7 +70,8 @@ def _dq_blocks(
         if HAS_DOUT:
             v0, v1 = load_rows(v_ptr, n0, end_k, V_STEPS, BLOCK_N, D0, D1, D, MASKED)
             dp = dot_rows(do0, do1, v0, v1, D1)
-        if SINK_MASS and ((n0 < sink_high) & (n0 + BLOCK_N > sink_low)):
+        # the first keys' tile is among the masked ones; positions may be in any
+        if SINK_MASS and (MASKED or N_POSITIONS > 0):
             sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks, N_POSITIONS)
             dp = hooks.sink_dp(dp, sink_g[:, None], sink[None, :])
         ds = hooks.score_gradient(
@@ -158,11 +159,12 @@ def _bwd_dq_kernel(
     lse2 = hooks.load_row(lse2_ptr + base, offs_m, end_q, float("inf"), True)
     delta = hooks.load_row(delta_ptr + base, offs_m, end_q, 0.0, True)
     sink_g, entropy_g, floor, weight = delta, delta, delta, delta
-    sink_keys = (sinks, batch, first_key, 0, 0)
+    full_from = first_key
     if SINK_MASS:
         sink_g = hooks.load_row(sink_g_ptr + base, offs_m, end_q, 0.0, True)
-        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
-        sink_keys = (sinks, batch, first_key, sink_low, sink_high)
+        if N_POSITIONS == 0:
+            # the tiles that hold them go with the masked ones: the loop over the full ones has no trace of them
+            _, full_from = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
     if ENTROPY:
         entropy_g = hooks.load_row(entropy_g_ptr + base, offs_m, end_q, 0.0, True)
     if MAX_LOGIT:
@@ -170,7 +172,7 @@ def _bwd_dq_kernel(
         weight = hooks.load_row(weight_ptr + base, offs_m, end_q, 0.0, True)
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
-    span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+    span = key_blocks(m0, end_q, end_k, first_key, full_from, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     state = empty_pair(BLOCK_M, D0, D1)
     for MASKED in tl.static_range(2):
         state = _dq_blocks(
@@ -184,7 +186,7 @@ def _bwd_dq_kernel(
             span,
             (shift, left, right),
             (scale2, cap_scale),
-            sink_keys,
+            (sinks, batch, first_key),
             K_STEPS,
             V_STEPS,
             HAS_LEFT,

@@ -143,7 +143,7 @@ def _flash_attn_stats_fwd_kernel(
     )
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
-    span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+    span = key_blocks(m0, end_q, end_k, first_key, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     sink_keys = (sinks, batch, first_key, 0, 0)
     if SINK_MASS:
         sink_low, sink_high = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)

@@ -134,7 +134,7 @@ def _max_ties_kernel(
     )
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     low, n_head, full, n_full, tail, n_tail = key_blocks(
-        m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+        m0, end_q, end_k, first_key, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     ties = tl.zeros([BLOCK_M], tl.float32)
     # its own maximum: one that the forward rounded differently might be attained by no key here

@@ -27,18 +27,19 @@ def load_row(ptr, offs_m, end_q, other, MASKED: tl.constexpr):
 
 @triton.jit
 def shift_rows(row_ptrs, offset):
-    """The pointers of the preprocess step moved to a head; None stays None."""
+    """The pointers of the preprocess step moved to a head; one that is None comes back as another, to be left alone
+    (triton 3.6 cannot return None)."""
     lse2_ptr, delta_ptr, sink_g_ptr, entropy_g_ptr, floor_ptr, weight_ptr = row_ptrs
-    lse2_ptr += offset
-    delta_ptr += offset
+    lse2 = lse2_ptr + offset
+    sink_g, entropy_g, floor, weight = lse2, lse2, lse2, lse2
     if sink_g_ptr is not None:
-        sink_g_ptr += offset
+        sink_g = sink_g_ptr + offset
     if entropy_g_ptr is not None:
-        entropy_g_ptr += offset
+        entropy_g = entropy_g_ptr + offset
     if floor_ptr is not None:
-        floor_ptr += offset
-        weight_ptr += offset
-    return lse2_ptr, delta_ptr, sink_g_ptr, entropy_g_ptr, floor_ptr, weight_ptr
+        floor = floor_ptr + offset
+        weight = weight_ptr + offset
+    return lse2, delta_ptr + offset, sink_g, entropy_g, floor, weight
 
 
 @triton.jit
