@@ -106,7 +106,7 @@ def problem_args(inputs, config, **tensors):
             inputs.seqused_k,
         ),
         "sinks": (None if inputs.sinks is None else inputs.sinks.contiguous(), inputs.n_sinks),
-        "row_strides": (0 if packed else rows[0 + 1] * rows[-1], rows[-1]),
+        "row_strides": (0 if packed else rows[1] * rows[-1], rows[-1]),
         "total_q": q.shape[0] if packed else q.shape[1],
         "total_k": inputs.k.shape[0] if packed else inputs.k.shape[1],
         "n_heads": q.shape[-2],
