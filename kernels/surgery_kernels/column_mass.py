@@ -2,6 +2,7 @@
 
 import torch
 
+from .backends import triton
 from .types import AttnInputs
 
 BLOCK = 256
@@ -23,6 +24,8 @@ def column_mass(inputs: AttnInputs, lse):
     if inputs.is_varlen:
         raise ValueError("column_mass takes dense inputs [B, T, H, D], got packed ones")
     with torch.no_grad(), torch.autocast(inputs.q.device.type, enabled=False):
+        if inputs.q.is_cuda and not triton.unsupported_reasons(inputs):
+            return triton.column_mass(inputs, lse)
         return _column_mass(inputs, lse)
 
 

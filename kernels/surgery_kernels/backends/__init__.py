@@ -4,13 +4,13 @@ import logging
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
 logger = logging.getLogger("surgery_kernels")
 
-BACKENDS = {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+BACKENDS = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
 # fastest first; `reference` runs everything, with N^2 memory
-AUTO_ORDER = ("cpu", "reference")
+AUTO_ORDER = ("cpu", "triton", "reference")
 
 _logged = set()
 

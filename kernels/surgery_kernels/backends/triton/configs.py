@@ -1,0 +1,114 @@
+"""Tile sizes as data: one table an architecture, one row a kernel and head dim. No triton here.
+
+The rows are what `python -m bench.aot` compiles: no register spills up to head dim 128, and shared memory within
+the architecture's limit. Nothing here has been timed on a GPU.
+"""
+
+from dataclasses import dataclass
+
+KERNELS = ("fwd", "dkdv", "dq")
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of block_m query rows and block_n keys, warps of a program, stages of its software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _rows(**kernels):
+    """{kernel: {largest head dim: TileConfig}}; a row reads "block_m block_n num_warps num_stages"."""
+    return {
+        kernel: {head_dim: TileConfig(*map(int, row.split())) for head_dim, row in table.items()}
+        for kernel, table in kernels.items()
+    }
+
+
+TABLES = {
+    # 163 KiB of shared memory, mma.sync
+    80: _rows(
+        fwd={64: "128 64 4 3", 128: "128 64 8 3", 192: "128 32 8 2", 256: "64 64 8 2"},
+        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        dq={
+            32: "64 64 4 2",
+            64: "128 64 8 2",
+            80: "64 64 8 2",
+            96: "128 32 8 2",
+            128: "64 64 8 2",
+            192: "32 32 8 2",
+            256: "64 32 8 2",
+        },
+    ),
+    # sm_86, 89 and 12x: mma.sync with 99 KiB
+    86: _rows(
+        fwd={64: "128 64 4 3", 96: "128 64 8 3", 128: "128 32 8 3", 192: "128 32 8 2", 256: "64 32 4 2"},
+        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        dq={32: "64 64 4 2", 64: "128 64 8 2", 96: "128 32 8 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+    ),
+    # 227 KiB, wgmma
+    90: _rows(
+        fwd={64: "128 128 8 3", 128: "128 64 8 3", 256: "128 64 8 2"},
+        dkdv={64: "64 128 8 3", 80: "64 128 8 2", 96: "32 128 8 3", 128: "64 128 8 3", 256: "32 64 8 2"},
+        dq={128: "128 64 8 3", 256: "128 32 8 2"},
+    ),
+    # 227 KiB, tcgen05
+    100: _rows(
+        fwd={64: "128 128 8 3", 128: "128 64 8 3", 192: "128 64 8 2", 256: "128 32 8 2"},
+        dkdv={128: "64 128 8 3", 192: "64 64 8 2", 256: "32 64 8 2"},
+        dq={128: "128 64 8 3", 256: "64 64 8 2"},
+    ),
+}
+# true fp32 products run on the ordinary cores: small tiles, every architecture
+FP32 = _rows(
+    fwd={128: "32 32 8 1", 256: "16 16 8 1"},
+    dkdv={64: "32 32 4 1", 128: "16 32 4 1", 256: "16 16 4 1"},
+    dq={64: "32 16 4 1", 256: "16 16 8 1"},
+)
+# taken when the self-check rejects the first choice: unpipelined, the smallest last; by bytes of an element
+FALLBACKS = {
+    2: (TileConfig(64, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
+    4: (TileConfig(16, 16, 8, 1), TileConfig(16, 16, 4, 1)),
+}
+INTERPRETER = TileConfig(32, 16, 4, 1)
+
+
+def chunks(head_dim):
+    """Two powers of two >= 16 (or one and 0), of the smallest sum that holds head_dim: 80 -> (64, 16)."""
+    sizes = [(d0, d1) for d0 in (16, 32, 64, 128, 256) for d1 in (0, 16, 32, 64, 128) if d1 < d0]
+    fitting = [size for size in sizes if head_dim <= sum(size) <= MAX_HEAD_DIM]
+    if not fitting:
+        raise ValueError(f"head_dim must be in [1, {MAX_HEAD_DIM}], got {head_dim}")
+    # of equal sums the one in a single piece
+    return min(fitting, key=lambda size: (sum(size), size[1]))
+
+
+def arch_of(capability):
+    """The table of a compute capability (major, minor)."""
+    major, minor = capability
+    if major in (10, 11):
+        return 100
+    if major == 9:
+        return 90
+    return 80 if (major, minor) == (8, 0) else 86
+
+
+def choose(kernel, capability, head_dim, itemsize):
+    """Configurations to try, best first.
+
+    Args:
+        kernel: one of KERNELS.
+        capability: (major, minor), or None in the interpreter.
+        head_dim: in [1, MAX_HEAD_DIM].
+        itemsize: bytes of an element of q.
+    Returns:
+        tuple of TileConfig.
+    """
+    if capability is None:
+        return (INTERPRETER,)
+    table = (FP32 if itemsize == 4 else TABLES[arch_of(capability)])[kernel]
+    first = table[min(dim for dim in table if dim >= sum(chunks(head_dim)))]
+    return (first, *(config for config in FALLBACKS[itemsize] if config != first))

@@ -1,0 +1,129 @@
+"""Configuration tables, their choice, and the self-check that guards it."""
+
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+import surgery_kernels as sk
+import torch
+from triton_cases import DEVICE, Case, interpreter  # noqa: F401
+
+pytest.importorskip("triton")
+from surgery_kernels.backends.triton import configs, launch, run, self_check
+from surgery_kernels.backends.triton.configs import TileConfig
+
+CHUNKS = {1: (16, 0), 16: (16, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 112: (128, 0)}
+CHUNKS |= {128: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+
+
+@pytest.mark.parametrize("head_dim, expected", CHUNKS.items())
+def test_chunks(head_dim, expected):
+    assert configs.chunks(head_dim) == expected
+
+
+def test_chunks_rejects_large_heads():
+    with pytest.raises(ValueError, match="257"):
+        configs.chunks(257)
+
+
+@pytest.mark.parametrize(
+    "capability, arch",
+    [((8, 0), 80), ((8, 6), 86), ((8, 9), 86), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 86)],
+)
+def test_arch_of(capability, arch):
+    assert configs.arch_of(capability) == arch
+
+
+@pytest.mark.parametrize("arch", configs.TABLES)
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_head_dim_has_a_choice_and_a_fallback(arch, kernel, itemsize):
+    for head_dim in range(1, configs.MAX_HEAD_DIM + 1):
+        choices = configs.choose(kernel, (arch // 10, arch % 10), head_dim, itemsize)
+        assert len(choices) == len(set(choices)) >= 2
+        for config in choices:
+            sizes = (config.block_m, config.block_n, config.num_warps)
+            assert all(n & (n - 1) == 0 for n in sizes) and min(sizes[:2]) >= 16
+
+
+def test_interpreter_needs_no_device():
+    assert configs.choose("fwd", None, 64, 2) == (configs.INTERPRETER,)
+
+
+def test_prepare_moves_the_sign_into_q():
+    q = torch.randn(1, 4, 1, 16)
+    for scale, sign, kept in ((0.5, 1, 0.5), (-0.5, -1, 0.5), (0.0, 0, 1.0)):
+        inputs = sk.make_inputs(q, q, q, softmax_scale=scale)
+        prepared, got = launch.prepare(inputs)
+        assert (got, prepared.softmax_scale) == (sign, kept)
+        torch.testing.assert_close(prepared.q * kept, q * scale)
+
+
+def test_narrow_copies_what_32_bits_cannot_reach():
+    x = torch.empty(1, 2, 1, 16, device="meta")
+    far = x.as_strided((1, 2, 1, 16), (2**26, 2**25, 16, 1))
+    assert launch.narrow(x) is x and launch.narrow(far).stride(1) == 16
+
+
+@pytest.fixture
+def self_checking(monkeypatch):
+    """The self-check as on a device, with its memory emptied."""
+    monkeypatch.setattr(self_check, "_wanted", lambda like: True)
+    monkeypatch.setattr(self_check, "_verified", {})
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_self_check_accepts_the_kernels(kernel):
+    like = torch.empty(1, 1, 1, 16, device=DEVICE)
+    errors = self_check.errors(kernel, like, TileConfig(32, 16, 4, 1))
+    assert errors and all(error <= 1.0 for error in errors.values())
+
+
+def test_self_check_falls_back_once_and_says_so(self_checking, monkeypatch, caplog):
+    """A configuration that computes wrongly, or does not compile, is skipped with one line; then remembered."""
+    wrong, broken, right = (TileConfig(n, 16, 4, 1) for n in (16, 64, 32))
+    honest = self_check.errors
+
+    def errors(kernel, like, config):
+        if config == broken:
+            raise RuntimeError("out of resources")
+        return {"out": math.nan} if config == wrong else honest(kernel, like, config)
+
+    monkeypatch.setattr(self_check, "errors", errors)
+    like = torch.empty(1, 1, 1, 16, device=DEVICE)
+    with caplog.at_level(logging.WARNING, "surgery_kernels"):
+        for _ in range(2):
+            assert self_check.checked("fwd", like, (wrong, broken, right)) == right
+    assert len(caplog.records) == 2
+    assert "block_m=16" in caplog.text and "out of resources" in caplog.text
+
+
+def test_self_check_raises_when_nothing_works(self_checking, monkeypatch):
+    monkeypatch.setattr(self_check, "errors", lambda *args: {"dq": 7.0})
+    like = torch.empty(1, 1, 1, 16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="no configuration of the triton dq kernel"):
+        self_check.checked("dq", like, (TileConfig(16, 16, 4, 1),))
+
+
+def test_backend_asks_the_self_check(self_checking, monkeypatch, caplog):
+    """Inside the registered operator, where autograd is off, and only once a kernel."""
+    asked, honest = [], self_check.errors
+    monkeypatch.setattr(self_check, "errors", lambda kernel, *args: asked.append(kernel) or honest(kernel, *args))
+    for _ in range(2):
+        q, k, v = (x.requires_grad_() for x in Case(9, 9).qkv())
+        sk.flash_attn_stats(q, k, v, backend="triton").out.sum().backward()
+    assert sorted(asked) == ["dkdv", "dq", "fwd"]
+    assert not caplog.records
+
+
+def test_heads_are_not_split_off_the_device():
+    q, k, v = Case(9, 9, n_heads=4, n_kv=2).qkv()
+    if DEVICE == "cpu":
+        assert run.head_splits(sk.make_inputs(q, k, v), TileConfig(32, 16, 4, 1)) == 1
+
+
+def test_import_leaves_triton_alone():
+    code = "import sys, surgery_kernels; assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
