@@ -10,6 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # triton decides at its import whether its library is interpreted, and anything may import it first;
+    # which tests use the interpreter is decided by ops/triton_cases.py
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 OPS = Path(__file__).parent / "ops"
 
 if "PYTEST_XDIST_WORKER" in os.environ:

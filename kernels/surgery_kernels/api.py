@@ -221,7 +221,9 @@ def _check_qkv(q, k, v, packed):
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         wrong = not isinstance(cu_seqlens, torch.Tensor)
-        if wrong or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] == 0:
+        # while tracing, the number of sequences may be unknown
+        empty = not wrong and not torch.compiler.is_compiling() and cu_seqlens.numel() == 0
+        if wrong or empty or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
             got = repr(cu_seqlens) if wrong else f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             raise ValueError(f"{name} must be int32 [N + 1], got {got}")
         if cu_seqlens.device != q.device:
