@@ -104,3 +104,26 @@ def add_sink_gradient(inputs, keys, lse, sees, g, dq, dk):
     dk_sink = torch.einsum("bhgtn,bhgtd->bnhd", ds, q).to(dk.dtype)
     index = keys.index[:, :, None, None].expand_as(dk_sink)
     dk.scatter_add_(1, index, dk_sink * keys.valid[:, :, None, None])
+
+
+def add_sink_columns(inputs, keys, lse, sees, shift, dout, dq, dk, dv):
+    """Add the whole gradient of the sink keys' columns, which the kernel left out, in place.
+
+    ds_ij = p_ij * (dp_ij + shift_i),  dv_j = sum_i p_ij dout_i  for j in S
+
+    Args:
+        shift: [B, H, T], g - delta.
+        dout: [B, T, H, D].
+        dq: [B, T, H, D]; dk, dv: [B, Tk, H_kv, D].
+    """
+    q, k, p = _sink_probabilities(inputs, keys, lse, sees)
+    n_kv = k.shape[1]
+    index = keys.index[:, :, None, None].expand(-1, -1, *inputs.v.shape[2:])
+    v = inputs.v.gather(1, index).transpose(1, 2).to(p.dtype)
+    do = dout.transpose(1, 2).unflatten(1, (n_kv, -1)).to(p.dtype)
+    dp = torch.einsum("bhgtd,bhnd->bhgtn", do, v)
+    ds = p * (dp + shift.unflatten(1, (n_kv, -1)).unsqueeze(-1)) * inputs.softmax_scale
+    dq += torch.einsum("bhgtn,bhnd->bthgd", ds, k).flatten(2, 3).to(dq.dtype)
+    for target, weight, rows in ((dk, ds, q), (dv, p, do)):
+        added = torch.einsum("bhgtn,bhgtd->bnhd", weight, rows).to(target.dtype)
+        target.scatter_add_(1, index, added)

@@ -8,6 +8,7 @@ real row reaches it. What it cannot do (windows, softcap, other alignments, othe
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import pad
 
 from .. import sink_epilogue
 from .bounds import bounds_of, visible_keys
@@ -16,6 +17,8 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # exp(s - HUGE) is 0: the lse of rows that see no key, for the kernel's backward
 HUGE = 1e30
+# channels that `_backward_bf16` adds to the head dim: three are needed, a multiple of 16 is fast
+SPARE = 16
 
 
 def can_run(inputs):
@@ -97,30 +100,60 @@ def backward(inputs, out, lse, stats, dout, dlse, dstats):
         kernel_lse = lse.masked_fill(blind[:, None, :], HUGE)
         dout = dout.masked_fill(blind[:, :, None, None], 0.0)
     g = dstats[0] if dstats is not None and inputs.stats else None
-    kernel_out, kernel_dout, dtype = out, dout, inputs.q.dtype
-    if g is not None or dlse is not None:
-        # in bf16 `extra` would be rounded inside out', and p (g - g sink_mass) cancels where the sink is strong
-        q, k, v, out, dout = (x.to(lse.dtype) for x in (inputs.q, inputs.k, inputs.v, out, dout))
-        inputs = replace(inputs, q=q, k=k, v=v)
-        extra = torch.zeros_like(lse)
-        if dlse is not None:
-            extra = extra - dlse
-        if g is not None:
-            extra = extra + g * stats[0]
-        if blind is not None:
-            extra = extra.masked_fill(blind[:, None, :], 0.0)
-            g = None if g is None else g.masked_fill(blind[:, None, :], 0.0)
-        kernel_out, kernel_dout = sink_epilogue.fold_into_out(out, dout, extra)
-    dq, dk, dv = _flash_backward(
-        *(_kernel_layout(x) for x in (kernel_dout, inputs.q, inputs.k, inputs.v, kernel_out)),
-        kernel_lse,
-        0.0,
-        inputs.causal,
-        attn_mask=_key_mask(inputs, bounds),
-        scale=inputs.softmax_scale,
-    )
-    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+    if g is None and dlse is None:
+        return _run_backward(inputs, out, dout, kernel_lse, _key_mask(inputs, bounds))
+    extra = torch.zeros_like(lse) if dlse is None else -dlse
+    if g is not None:
+        extra = extra + g * stats[0]
+    if blind is not None:
+        extra = extra.masked_fill(blind[:, None, :], 0.0)
+        g = None if g is None else g.masked_fill(blind[:, None, :], 0.0)
+    if inputs.q.dtype == torch.bfloat16:
+        return _backward_bf16(inputs, bounds, out, lse, dout, extra, g, kernel_lse)
+    folded, folded_dout = sink_epilogue.fold_into_out(out, dout, extra)
+    dq, dk, dv = _run_backward(inputs, folded, folded_dout, kernel_lse, _key_mask(inputs, bounds))
     if g is not None:
         keys, sees = _sinks(inputs, bounds)
         sink_epilogue.add_sink_gradient(inputs, keys, lse, sees, g, dq, dk)
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    return dq, dk, dv
+
+
+def _run_backward(inputs, out, dout, lse, mask):
+    """The kernel's backward; dq, dk, dv [B, T, H, D] contiguous."""
+    grads = _flash_backward(
+        *(_kernel_layout(x) for x in (dout, inputs.q, inputs.k, inputs.v, out)),
+        lse,
+        0.0,
+        inputs.causal,
+        attn_mask=mask,
+        scale=inputs.softmax_scale,
+    )
+    return tuple(x.transpose(1, 2).contiguous() for x in grads)
+
+
+def _backward_bf16(inputs, bounds, out, lse, dout, extra, g, kernel_lse):
+    """Two things that bf16 would lose where the sink is strong.
+
+    delta's extra term would be rounded inside out': it goes into spare channels of out, split in three, against ones
+    in dout. And p (g - g sink_mass) cancels on the sink keys: they are masked from the kernel, and their column of ds
+    is computed in fp32.
+    """
+    head_dim = inputs.q.shape[-1]
+    padded = [pad(x, (0, SPARE)) for x in (inputs.q, inputs.k, inputs.v, out, dout)]
+    rest = extra.transpose(1, 2)
+    for channel in range(head_dim, head_dim + 3):
+        part = rest.to(torch.bfloat16)
+        padded[3][..., channel], padded[4][..., channel] = part, 1.0
+        rest = rest - part.to(rest.dtype)
+    mask = _key_mask(inputs, bounds)
+    if g is not None:
+        keys, sees = _sinks(inputs, bounds)
+        is_sink = torch.zeros(inputs.k.shape[:2], dtype=torch.int64).scatter_add_(1, keys.index, keys.valid.long()) > 0
+        mask = inputs.q.new_zeros(1, 1, 1, 1) if mask is None else mask
+        mask = torch.where(is_sink[:, None, None, :], float("-inf"), mask)
+    wide = replace(inputs, q=padded[0], k=padded[1], v=padded[2])
+    dq, dk, dv = (x[..., :head_dim] for x in _run_backward(wide, padded[3], padded[4], kernel_lse, mask))
+    if g is not None:
+        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2) + extra
+        sink_epilogue.add_sink_columns(inputs, keys, lse, sees, g - delta, dout, dq, dk, dv)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
