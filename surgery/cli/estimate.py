@@ -21,7 +21,7 @@ def add_arguments(parser):
     parser.add_argument("--probe-length", type=int, default=512, help="their tokens (default: 512)")
     parser.add_argument("--dtype", choices=(*DTYPES, AUTOCAST), default="bfloat16", help="(default: bfloat16)")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--lora", type=int, help="rank of LoRA adapters; default: full fine-tuning")
+    parser.add_argument("--lora", type=int, help="rank of LoRA adapters on the attention projections; default: full")
     parser.add_argument("--accumulation", action="store_true", help="gradients are there before the micro-step")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
 
