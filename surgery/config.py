@@ -67,9 +67,9 @@ class SurgeryConfig:
     def upstream(cls, **options):
         """What the released code does: sink at index 0, rows 1 and on, one pair a step, a second BOS.
 
-        The released code compares harmful with merely *safe* answers (BeaverTails is_safe rows), not refusals. On
-        SmolLM2-135M-Instruct that contrast is no larger than chance (design notes: 2 of 270 heads beyond two
-        standard errors, 71 with refusals), so a run with this preset may regularise noise.
+        The released code compares harmful with merely *safe* answers (BeaverTails is_safe rows), not refusals. That
+        contrast is weaker: on SmolLM2-135M-Instruct 42 of 270 heads lie beyond two standard errors and 4 of them are
+        positive, against 84 and 20 with refusals (bench/results/cpu/gsm8k_poisoned).
         """
         return cls(**{"sinks": 1, "pairs_per_step": 1, "double_bos": True, "preset": "upstream", **options})
 

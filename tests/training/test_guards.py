@@ -211,7 +211,7 @@ def test_config_presets_and_round_trip(tmp_path):
         surgery.SurgeryConfig.from_dict({"lambda": 3})
     upstream = surgery.SurgeryConfig.upstream()
     assert (upstream.sinks, upstream.pairs_per_step, upstream.double_bos) == (1, 1, True)
-    assert "safe" in surgery.SurgeryConfig.upstream.__doc__ and "chance" in surgery.SurgeryConfig.upstream.__doc__
+    assert "safe" in surgery.SurgeryConfig.upstream.__doc__ and "weaker" in surgery.SurgeryConfig.upstream.__doc__
     config = surgery.SurgeryConfig(sinks="0,3", rows="all")
     assert config.sinks == (0, 3)
     config.save(tmp_path)
