@@ -79,6 +79,15 @@ def with_masked(span, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def all_masked(span, condition):
+    """A span of `_split` with every block masked where `condition` holds; cheaper than `with_masked`."""
+    low, n_head, full, n_full, tail, n_tail, _, _ = span
+    # the full blocks follow the head's without a gap
+    moved = tl.where(condition, n_full, 0)
+    return low, n_head + moved, full, n_full - moved, tail, n_tail, 0, 0
+
+
+@triton.jit
 def count_blocks(span, MASKED: tl.constexpr):
     """Number of masked (or full) blocks of a span."""
     _, n_head, _, n_full, _, n_tail, _, n_middle = span

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, count_blocks, in_window, row_blocks, sequence_bounds, with_masked
+from .blocks import all_masked, block_start, count_blocks, in_window, row_blocks, sequence_bounds
 from .tiles import (
     PRECISION,
     cap,
@@ -240,7 +240,7 @@ def _bwd_dkdv_kernel(
         v = zero_rows(v, real, D1)
         masked = masked | (n0 < first_key) | (n0 + BLOCK_N > end_k)
     if SINK_MASS or HAS_DQ:
-        span = with_masked(span, 0, tl.where(masked, end_q, 0), BLOCK_M)
+        span = all_masked(span, masked)
     dk0, dk1 = empty_pair(BLOCK_N, D0, D1)
     dv0, dv1 = empty_pair(BLOCK_N, D0, D1)
     state = (dk0, dk1, dv0, dv1)
