@@ -3,8 +3,8 @@
     python -m bench.memory --shapes smollm2-135m --lengths 256,512,1k,2k,4k --csv memory.csv
     python -m bench.memory --from memory.csv --budget 24
 
-The peak is what forward and backward need beyond q, k, v and the upstream gradients, in bytes; on a GPU by the
-allocator, on a CPU as live tensors (surgery/live_memory.py: temporaries inside one of torch's own kernels do not
+The peak is in bytes: q, k, v, the upstream gradients and whatever forward and backward have alive beside them; on a GPU
+by the allocator, on a CPU as live tensors (surgery/live_memory.py: temporaries inside one of torch's own kernels do not
 count). It depends on sizes alone, so each case runs once and a busy machine does no harm. A line goes through ours
 and a parabola through what has one: the fit is printed with its largest relative residual.
 """
@@ -25,7 +25,7 @@ from .runner import Runner
 
 
 def peak_bytes(runner, problem, device):
-    """Peak bytes of one forward and backward beyond what is there before."""
+    """Peak bytes of one forward and backward, inputs and upstream gradients included."""
     if device == "cuda":
         # compilation and workspaces of libraries are not the implementation's
         _step(runner)
@@ -34,11 +34,11 @@ def peak_bytes(runner, problem, device):
         torch.cuda.reset_peak_memory_stats()
         _step(runner)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return problem.nbytes() + torch.cuda.max_memory_allocated() - before
     leaves, upstream = runner.sets[0]
     with LiveMemory(*leaves, *upstream.values()) as memory:
         _step(runner)
-    return memory.peak - memory.resident
+    return problem.nbytes() + memory.peak - memory.resident
 
 
 def _step(runner):

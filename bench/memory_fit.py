@@ -82,6 +82,6 @@ def fit_lines(rows, budget=None):
         if failed:
             text += f", out of memory at {failed[0]}"
         if budget:
-            text += f", {longest(coefficients, budget)} tokens in {budget / 2**30:.3g} GiB"
+            text += f", about {longest(coefficients, budget)} tokens in {budget / 2**30:.3g} GiB"
         lines.append(text)
     return lines
