@@ -1,8 +1,10 @@
 """Peak memory against length: the fits on known curves, and the curves of what runs on a CPU."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import memory
 from bench.implementations import IMPLEMENTATIONS
@@ -100,3 +102,23 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "linear" in first and "quadratic" in first
     with pytest.raises(SystemExit):
         memory.main([*arguments, "--batch", "0"])
+
+
+def test_gpu_peaks_come_from_the_allocator(monkeypatch):
+    """Peak over what was there before, of the second step, and the inputs."""
+    state = SimpleNamespace(now=1000, peak=0, steps=0)
+
+    def step(runner):
+        # the first one compiles and keeps a workspace
+        state.steps += 1
+        state.now += 500 if state.steps == 1 else 0
+        state.peak = max(state.peak, state.now + 70)
+
+    monkeypatch.setattr(memory, "_step", step)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state.now)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(state, "peak", state.now))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state.peak)
+    problem = SimpleNamespace(nbytes=lambda: 30)
+    assert memory.peak_bytes(None, problem, "cuda") == 30 + 70
+    assert state.steps == 2

@@ -105,3 +105,74 @@ def test_matmul_ceiling(monkeypatch):
 def test_quantiles():
     assert quantiles([3.0]) == (3.0, 3.0, 3.0)
     assert quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
+
+
+class Device:
+    """Stands in for a GPU with a queue: kernels take time on it, the host takes time to queue them."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.free = 0.0
+        self.waits = []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def run(self, kernel, queueing=0.0):
+        self.host += queueing
+        self.free = max(self.free, self.host) + kernel
+
+    def sleep(self, cycles):
+        self.waits.append(cycles)
+        self.run(cycles / timing.CYCLES)
+
+    def synchronize(self):
+        self.host = max(self.host, self.free)
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.at = max(self.device.free, self.device.host)
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+class Launches:
+    """Forward and backward of a few short kernels each, slower to queue than to run."""
+
+    def __init__(self, device, backward=True):
+        self.device, self.implementation = device, SimpleNamespace(backward=backward)
+
+    def forward(self, index):
+        for _ in range(3):
+            self.device.run(kernel=1e-4, queueing=1e-3)
+        return "outputs"
+
+    def backward(self, outputs, index):
+        for _ in range(5):
+            self.device.run(kernel=1e-4, queueing=1e-3)
+
+
+def test_gaps_between_launches_do_not_count(monkeypatch):
+    device = Device(monkeypatch)
+    times = measure({"a": Launches(device)}, "cuda", repetitions=4)["a"]
+    assert times.forward == pytest.approx([3e-4] * 4)
+    assert times.backward == pytest.approx([5e-4] * 4)
+    assert times.both == pytest.approx([8e-4] * 4)
+    # what the host needs is told apart, and the wait covers it
+    assert times.host == pytest.approx([8e-3] * 4)
+    assert device.waits == [int((1.5 * 8e-3 + 2e-4) * timing.CYCLES)] * 4
+
+
+def test_the_wait_has_an_end(monkeypatch):
+    monkeypatch.setattr(timing, "LONGEST_WAIT", 1e-3)
+    device = Device(monkeypatch)
+    times = measure({"a": Launches(device, backward=False)}, "cuda", repetitions=2)["a"]
+    assert device.waits == [int(1e-3 * timing.CYCLES)] * 2
+    assert times.backward == times.both == []
+    # then gaps do count, and host_time in the CSV shows that they must
+    assert times.forward[0] > 3e-4
