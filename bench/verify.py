@@ -6,6 +6,7 @@ Arguments after -- go to bench.run. Exit status: of the tests, of the run, or 1 
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from .targets import on_off_lines, peer_lines
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "cuda": ["tests/ops", "tests/bench/test_check.py"],
-    "cpu": ["tests/ops/test_flash_attn_stats.py", "tests/ops/test_varlen.py", "tests/bench/test_check.py"],
+    "cuda": "tests/ops tests/bench/test_check.py",
+    "cpu": "tests/ops/test_flash_attn_stats.py tests/ops/test_varlen.py tests/bench/test_check.py",
 }
 
 
@@ -36,9 +37,10 @@ def main(argv=None, run_tests=run_tests):
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tests", nargs="+", help="what pytest gets (default: the kernels' tests of this device)")
+    default = TESTS["cuda" if torch.cuda.is_available() else "cpu"]
+    parser.add_argument("--tests", default=default, help=f"what pytest gets, in one string (default: {default})")
     options = parser.parse_args(argv[:cut])
-    status, output = run_tests(options.tests or TESTS["cuda" if torch.cuda.is_available() else "cpu"])
+    status, output = run_tests(shlex.split(options.tests))
     if status:
         print(output[-4000:])
         print("the tests are red: nothing is timed and no speed-up is printed")

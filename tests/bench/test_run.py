@@ -190,10 +190,10 @@ def test_verify_prints_no_speed_up_on_red_tests(capsys, monkeypatch):
 def test_verify_times_after_green_tests(capsys):
     order = []
     status = verify.main(
-        ["--tests", "a", "b", "--", *ARGUMENTS], run_tests=lambda tests: order.append(tests) or (0, "2 passed")
+        ["--tests", "-n 0 a", "--", *ARGUMENTS], run_tests=lambda tests: order.append(tests) or (0, "2 passed")
     )
     out = capsys.readouterr().out
-    assert status == 0 and order == [["a", "b"]]
+    assert status == 0 and order == [["-n", "0", "a"]]
     assert out.index("2 passed") < out.index("time over ours_cpu's: ")
 
 
