@@ -18,10 +18,12 @@ from surgery_kernels.backends.sink_epilogue import build, cuda
 
 from .choice import N_HEADS, TOKENS, interleaved, problem
 
-COMPILED = ("nvcc", "arch", "kernel", "dtype", "head_dim", "registers", "spill_stores", "spill_loads", "stack")
+COMPILED = ("nvcc", "arch", "kernel", "dtype", "head_dim", "sinks", "registers", "spill_stores", "spill_loads", "stack")
 TIMED = ("gpu", "torch", "head_dim", "length", "sinks", "kernel", "gigabytes", "gb_per_s", "of_copy")
-# mangled: kernel, then the layout's element type, lanes and vectors
-MANGLED = re.compile(r"sink_(forward|fold|backward|reduce)_kernel.*?(8BFloat16|4Half|f)(?:Li(\d+)ELi(\d+))?E")
+# mangled: kernel, then the layout's element type, lanes and vectors, then the most sinks
+MANGLED = re.compile(
+    r"sink_(forward|fold|backward|reduce)_kernel.*?(8BFloat16|4Half|f)(?:Li(\d+)ELi(\d+)EE(?:Li(\d+))?)?E"
+)
 DTYPES = {"8BFloat16": ("bfloat16", 8), "4Half": ("float16", 8), "f": ("float32", 4)}
 
 
@@ -41,7 +43,7 @@ def parse(log, version):
     """Rows of ptxas' verbose log."""
     rows = []
     for part in log.split("Compiling entry function")[1:]:
-        kernel, dtype, lanes, vectors = MANGLED.search(part).groups()
+        kernel, dtype, lanes, vectors, sinks = MANGLED.search(part).groups()
         name, per_vector = DTYPES[dtype]
         head_dim = int(lanes) * int(vectors) * per_vector if lanes else "any"
         stack, stores, loads = re.search(
@@ -49,7 +51,8 @@ def parse(log, version):
         ).groups()
         registers = re.search(r"Used (\d+) registers", part).group(1)
         arch = re.search(r"for 'sm_(\d+)'", part).group(1)
-        rows.append((version, int(arch), kernel, name, head_dim, int(registers), int(stores), int(loads), int(stack)))
+        key = version, int(arch), kernel, name, head_dim, sinks or "any"
+        rows.append((*key, *map(int, (registers, stores, loads, stack))))
     return [dict(zip(COMPILED, row, strict=True)) for row in sorted(rows, key=str)]
 
 

@@ -48,7 +48,10 @@ int fold(const SinkParams& p, void* stream) {
 template <typename L>
 int backward(const SinkParams& p, void* stream) {
   const size_t tiles = L::kTile * (2 * L::kDim * sizeof(typename L::T) + 2 * p.n_sinks * sizeof(float));
-  const int error = launch(sink_backward_kernel<L>, grid_of(p), sinks_bytes<L>(p) + tiles, stream, p);
+  const auto kernel = p.n_sinks <= 1   ? sink_backward_kernel<L, 1>
+                      : p.n_sinks <= 4 ? sink_backward_kernel<L, 4>
+                                       : sink_backward_kernel<L, kMaxSinks>;
+  const int error = launch(kernel, grid_of(p), sinks_bytes<L>(p) + tiles, stream, p);
   if (error) return error;
   const dim3 grid(1, unsigned(p.n_heads / p.group), unsigned(p.batch));
   return launch(sink_reduce_kernel<typename L::T>, grid, 0, stream, p);

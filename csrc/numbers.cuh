@@ -33,6 +33,17 @@ SURGERY_DEVICE To as(From x) {
   return y;
 }
 
+// A store to device memory that stays one: left alone, the compiler splits it into the words it was put together from.
+SURGERY_DEVICE void store_global(void* to, const Bytes16& x) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.word[0]),
+               "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+#else
+  *static_cast<Bytes16*>(to) = x;
+#endif
+}
+
 SURGERY_DEVICE float to_float(float x) { return x; }
 
 SURGERY_DEVICE float to_float(BFloat16 x) { return as<float>(uint32_t(x.bits) << 16); }

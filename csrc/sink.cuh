@@ -4,7 +4,8 @@
 //   fold       out' with rowsum(dout' * out') = delta_i = rowsum(dout * out) + extra_i, for a backward whose only use
 //              of `out` is delta
 //   backward   the whole gradient of the sink keys, which the vendor's backward was not shown:
-//              ds_ij = p_ij (dp_ij + g_i - delta_i);  dq_i += ds_ij k_j,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij dout_i
+//              ds_ij = p_ij (dp_ij + g_i - delta_i)
+//              dq_i += ds_ij k_j,  dk_j = sum_i ds_ij q_i,  dv_j = sum_i p_ij dout_i
 //
 // A row is held by kLanes neighbouring threads in vectors of 16 bytes. A block owns `rows_per_block` rows of one
 // sequence for all query heads of one kv head, so the sums over rows and heads need no atomics: each block writes its
@@ -89,8 +90,13 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < L::kVectors; ++i) {
       const int channel = (i * L::kLanes + lane) * L::kVec;
-      if (channel < head_dim) *reinterpret_cast<Bytes16*>(x + channel) = raw[i];
+      if (channel < head_dim) store_global(x + channel, raw[i]);
     }
+  }
+
+  SURGERY_DEVICE void store_shared(typename L::T* x, int lane) const {
+#pragma unroll
+    for (int i = 0; i < L::kVectors; ++i) *reinterpret_cast<Bytes16*>(x + (i * L::kLanes + lane) * L::kVec) = raw[i];
   }
 
   SURGERY_DEVICE float get(int i, int e) const {
@@ -207,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, 4) sink_forward_kernel(const SinkPar
       const int item = base + r * L::kGroups + block.group;
       active[r] = item < items;
       block.locate(active[r] ? item : 0, row[r], head[r]);
-      q[r].load(row_of<typename L::T>(p.q, block.s, block.s.start_q, row[r], head[r]), active[r], block.lane, p.head_dim);
+      q[r].load(row_of<typename L::T>(p.q, block.s, block.s.start_q, row[r], head[r]), active[r], block.lane,
+                p.head_dim);
     }
 #pragma unroll
     for (int r = 0; r < L::kRows; ++r) {
@@ -290,12 +297,14 @@ __global__ void __launch_bounds__(kThreads, 4) sink_fold_kernel(const SinkParams
   }
 }
 
-template <typename L>
+// For up to kSinks sinks: how many sums a thread holds must be known when it is compiled.
+template <typename L, int kSinks>
 __global__ void __launch_bounds__(kThreads, 2) sink_backward_kernel(const SinkParams p) {
   using T = typename L::T;
   // each thread sums one channel of dk or dv (both where D is 256) for every kStride-th sink
   constexpr int kSums = 2 * L::kDim > kThreads ? 2 : 1;
   constexpr int kStride = 2 * L::kDim < kThreads ? kThreads / (2 * L::kDim) : 1;
+  constexpr int kEach = (kSinks + kStride - 1) / kStride;
   SURGERY_SHARED(shared);
   Block<L> block(p, shared);
   const int n = p.n_sinks;
@@ -305,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 2) sink_backward_kernel(const SinkPa
   float* p_tile = ds_tile + L::kTile * n;
   block.load_sinks(true);
 
-  float sums[kSums][kMaxSinks / kStride] = {};
+  float sums[kSums][kEach] = {};
   const int items = block.items();
   for (int base = 0; base < items; base += L::kTile) {
     Row<L> q[L::kRows], dout[L::kRows], dq[L::kRows];
@@ -367,8 +376,8 @@ __global__ void __launch_bounds__(kThreads, 2) sink_backward_kernel(const SinkPa
 #pragma unroll
         for (int e = 0; e < L::kVec; ++e) dq[r].set(i, e, dq_sum[i][e]);
       if (active[r]) dq[r].store(row_of<T>(p.dq, block.s, block.s.start_q, row[r], head[r]), block.lane, p.head_dim);
-      q[r].store(q_tile + tile_row * L::kDim, block.lane, L::kDim);
-      dout[r].store(dout_tile + tile_row * L::kDim, block.lane, L::kDim);
+      q[r].store_shared(q_tile + tile_row * L::kDim, block.lane);
+      dout[r].store_shared(dout_tile + tile_row * L::kDim, block.lane);
     }
     __syncthreads();
 #pragma unroll
@@ -381,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, 2) sink_backward_kernel(const SinkPa
       for (int t = 0; t < L::kTile; ++t) {
         const float x = to_float(x_tile[t * L::kDim]);
 #pragma unroll
-        for (int j = 0; j < kMaxSinks / kStride; ++j)
+        for (int j = 0; j < kEach; ++j)
           if (first + j * kStride < n) sums[i][j] = fmaf(weights[t * n + first + j * kStride], x, sums[i][j]);
       }
     }
@@ -396,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 2) sink_backward_kernel(const SinkPa
     const int channel = unit % L::kDim, of_v = unit / L::kDim;
     if (channel >= p.head_dim) continue;
 #pragma unroll
-    for (int j = 0; j < kMaxSinks / kStride; ++j)
+    for (int j = 0; j < kEach; ++j)
       if (first + j * kStride < n) partial[(of_v * n + first + j * kStride) * p.head_dim + channel] = sums[i][j];
   }
 }

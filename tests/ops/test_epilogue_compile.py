@@ -1,6 +1,8 @@
 """What nvcc makes of csrc/, without a GPU: compiled for sm_80, 90 and 100 in one call, compared with the record."""
 
 import csv
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason=WHY)
 
 
 def key(row):
-    return str(row["arch"]), row["kernel"], row["dtype"], str(row["head_dim"])
+    return str(row["arch"]), row["kernel"], row["dtype"], str(row["head_dim"]), row["sinks"]
 
 
 def test_record_is_complete_and_spills_nothing():
@@ -53,6 +55,24 @@ def test_compiles_without_spills_and_as_recorded():
         assert (row["spill_stores"], row["spill_loads"], row["stack"]) == (0, 0, 0), row
         if recorded[key(row)]["nvcc"] == row["nvcc"]:
             assert abs(int(recorded[key(row)]["registers"]) - row["registers"]) <= 2, row
+
+
+@needs_nvcc
+def test_rows_move_16_bytes_at_a_time(tmp_path):
+    """In the PTX: left alone, the compiler split the stores into words."""
+    target = tmp_path / "sink.ptx"
+    flags = ("-O3", "-std=c++17", "-ptx", "-arch=compute_80")
+    subprocess.run([NVCC, *flags, "-o", target, build.source_folder() / "api.cu"], check=True, capture_output=True)
+    wide = {}
+    for part in target.read_text().split(".entry ")[1:]:
+        kernel, dtype = epilogue.MANGLED.search(part).groups()[:2]
+        loads = len(re.findall(r"ld\.global(?:\.nc)?\.v4", part))
+        wide.setdefault((kernel, dtype), set()).add((loads > 0, len(re.findall(r"st\.global\.v4", part)) > 0))
+        assert not re.findall(r"ld\.global(?:\.nc)?\.[bu]16", part), "a row is read by element"
+    for dtype in ("8BFloat16", "4Half", "f"):
+        assert wide["forward", dtype] == {(True, False)}
+        assert wide["backward", dtype] == {(True, True)}
+    assert wide["fold", "8BFloat16"] == wide["fold", "f"] == {(True, True)}
 
 
 @needs_nvcc
