@@ -291,3 +291,24 @@ def test_reasons_of_dtype_shape_and_device():
     )
     many = sk.make_inputs(torch.zeros(1, 40, 1, 16), *(torch.zeros(1, 40, 1, 16),) * 2, sinks=17)
     assert "takes at most 16 sinks a sequence, got 17" in sk.backend_reasons(many)["fa4"]
+
+
+def test_measuring_needs_a_gpu_and_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        bench_choice.main([])
+    assert "measuring needs a CUDA device" in capsys.readouterr().err
+
+
+def test_measured_step_runs_forward_and_backward():
+    inputs = bench_choice.problem(8, 16, "cpu", torch.float32, tokens=16, heads=(4, 2))
+    assert inputs.q.shape == (2, 8, 4, 16)
+    dq, dk, dv = bench_choice.step_of(inputs, "cpu")()
+    assert dq.abs().max() > 0 and dk.shape == dv.shape == inputs.k.shape
+
+
+def test_speed_counts_the_useful_products():
+    """3.5 times the forward's 2 * 2 N^2 D / 2 of a causal head: 16384 tokens, 32 heads, as flash-attention counts."""
+    one_head = 2 * 2 * 4096**2 * 128 / 2
+    assert bench_choice.flops(128, 4096) == 3.5 * one_head * 32 * (16384 // 4096)

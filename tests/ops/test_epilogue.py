@@ -9,6 +9,8 @@ import torch
 from oracle import Case, qkv
 from surgery_kernels.backends.sink_epilogue import build, cuda, in_torch, library
 
+from bench import epilogue as bench_epilogue
+
 needs_gxx = pytest.mark.skipif(epilogue_host.GXX is None, reason="g++ is not installed")
 
 CASES = [
@@ -240,3 +242,12 @@ def test_missing_sources_are_a_reason(monkeypatch, tmp_path):
 def test_cpu_tensors_never_reach_the_library(monkeypatch):
     monkeypatch.setattr(library, "load", lambda arch: pytest.fail("loaded"))
     assert not cuda.can_run(inputs_of(Case("T17")))
+
+
+@needs_gxx
+def test_timed_kernels_are_the_ones_of_the_backends(monkeypatch):
+    launched = epilogue_host.install(monkeypatch)
+    inputs = inputs_of(Case("T17"), torch.bfloat16)
+    for run in bench_epilogue.kernels_of(inputs).values():
+        run()
+    assert launched == ["forward", "fold", "backward", "backward"]

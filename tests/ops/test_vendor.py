@@ -18,6 +18,9 @@ from oracle import (
     truth_of,
     visible_and_sinks,
 )
+from surgery_kernels.backends import cudnn, flash
+from surgery_kernels.backends.sink_epilogue import cuda
+from surgery_kernels.backends.sink_epilogue.sequences import problem_of
 from surgery_kernels.testing import assert_no_worse_than_baseline
 from test_flash_attn_stats import CASES, LOW_PRECISION, PADDING
 
@@ -310,8 +313,6 @@ def test_cudnn_backward_gets_the_lse_that_its_forward_gave(lse_dims, monkeypatch
     case = Case("T17")
     inputs = make(case, torch.float64, torch.float32)
     outputs = sk.attn_forward(inputs, "cudnn")
-    from surgery_kernels.backends import cudnn
-
     cudnn._lse_dims.clear()
     upstream = upstream_of(case, torch.float64, torch.float32)
     want = truth_of(case, torch.float32).grads(upstream)
@@ -327,3 +328,77 @@ def test_without_statistics_the_kernel_gets_out_as_it_is(monkeypatch):
     grads = sk.attn_backward(inputs, out, lse, stats, upstream["out"], None, None, "flash")
     assert double.seen_out is out
     assert_grads_close(grads, truth_of(case, torch.float32).grads(upstream), torch.float64, "out")
+
+
+@pytest.mark.parametrize("vendor", ["cudnn", "flash"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("layout", ["dense", "packed", "padded", "window"])
+def test_operators_of_this_torch_take_our_arguments(vendor, causal, layout):
+    """The real operators on tensors without memory: names, order and optional arguments, and the shapes they give."""
+    module = {"cudnn": cudnn, "flash": flash}[vendor]
+    if vendor == "cudnn" and layout != "dense":
+        pytest.skip("dense only")
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    lead = (40,) if layout == "packed" else (2, 20)
+    inputs = sk.AttnInputs(
+        *(torch.empty(*lead, n, 16, **meta) for n in (4, 2, 2)),
+        0.25,
+        causal,
+        (3, -1) if layout == "window" else (-1, -1),
+        max_seqlen_q=20,
+        max_seqlen_k=20,
+    )
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    if layout == "packed":
+        inputs = replace(inputs, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    if layout == "padded":
+        inputs = replace(inputs, leftpad_k=starts[:2], seqused_q=starts[:2], seqused_k=starts[:2])
+    problem = problem_of(inputs, hide_sinks=True, top_left=vendor == "cudnn")
+    out, lse = module.KERNEL.attend(problem)
+    assert out.shape == problem.q.shape
+    heads, rows = problem.q.shape[-2], problem.q.shape[-3]
+    assert lse.shape == ((heads, rows) if problem.cu_q is not None else (2, heads, rows))
+    grads = module.KERNEL.gradients(problem, out, lse, torch.empty_like(out), None)
+    assert [x.shape for x in grads] == [x.shape for x in (problem.q, problem.k, problem.v)]
+
+
+def moved(inputs, device):
+    """AttnInputs with every tensor on `device`."""
+    fields = {name: x.to(device) for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
+    return replace(inputs, **fields)
+
+
+GPU_CASES = [
+    *NO_POSITIONS,
+    Case("T1000-D128", batch=2, len_q=1000, len_k=1000, heads=(8, 2), head_dim=128, sinks=4),
+    Case("T513-D64-full", batch=2, len_q=513, len_k=513, heads=(4, 4), head_dim=64, causal=False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@HALVES
+@pytest.mark.parametrize("epilogue", ["torch", "cuda"])
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
+def test_on_a_gpu_no_worse_than_plain_torch(vendor, dtype, epilogue, case, monkeypatch):
+    """The vendor's kernel itself, with the compiled epilogue and with torch's."""
+    inputs = moved(make(case, dtype), "cuda")
+    against = sk.BACKENDS[vendor].unsupported_reasons(inputs)
+    if against:
+        pytest.skip("; ".join(against))
+    if epilogue == "torch":
+        monkeypatch.setattr(cuda, "can_run", lambda inputs: False)
+    elif not cuda.can_run(inputs):
+        pytest.skip("no CUDA epilogue")
+    truth = truth_of(case, dtype)
+    out, lse, stats = outputs = sk.attn_forward(inputs, vendor)
+    plain_leaves = qkv(case, dtype)
+    plain = plain_attention(case, *plain_leaves, STATS)
+    assert_within_twice_plain(out.cpu(), truth.outputs["out"].detach(), plain["out"], "out")
+    assert_rows_close(lse.cpu(), truth.outputs["lse"], "lse", atol=1e-4)
+    assert_rows_close(stats[0].cpu(), truth.outputs["sink_mass"], "sink_mass")
+    for label, chosen in each_alone_and_all(upstream_of(case, dtype)):
+        low = grads_of(plain, plain_leaves, {n: g.to(plain[n].dtype) for n, g in chosen.items()})
+        got = backward(vendor, inputs, outputs, {name: g.cuda() for name, g in chosen.items()})
+        for name, grad, *two in zip(("dq", "dk", "dv"), got, truth.grads(chosen), low, strict=True):
+            assert_within_twice_plain(grad.cpu(), *two, f"{name} from {label}")
