@@ -1,9 +1,11 @@
 """Distribution `attention-surgery`: import names `surgery_kernels` (source root kernels/) and `surgery`."""
 
 import os
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 
@@ -32,19 +34,36 @@ TEST = [
 ]
 
 
-def cuda_extensions():
-    """Extensions from csrc/, only where SURGERY_BUILD_CUDA=1 asks for them and nvcc is there."""
-    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.c*"))
-    if os.environ.get("SURGERY_BUILD_CUDA") != "1" or not sources:
-        return [], {}
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
+class BuildSink(build_ext):
+    """Compile csrc/ with nvcc alone into a library that is loaded with ctypes: it depends on no release of torch."""
 
-    if CUDA_HOME is None:
-        raise RuntimeError("SURGERY_BUILD_CUDA=1 needs nvcc: set CUDA_HOME, or unset SURGERY_BUILD_CUDA")
-    return [CUDAExtension("surgery_kernels._C", sources)], {"build_ext": BuildExtension}
+    def build_extension(self, ext):
+        sink = runpy.run_path(str(HERE / "kernels/surgery_kernels/backends/sink_epilogue/build.py"))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sink["compile_to"](target)
+
+    def get_ext_filename(self, name):
+        return str(Path(*name.split(".")).with_suffix(".so"))
 
 
-extensions, commands = cuda_extensions()
+def cuda_build():
+    """setup()'s arguments for the CUDA library if SURGERY_BUILD_CUDA=1 asks for it; else it is built at first use."""
+    if os.environ.get("SURGERY_BUILD_CUDA") != "1":
+        return {}
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:
+        # setuptools before 70.1
+        from wheel.bdist_wheel import bdist_wheel
+
+    class AnyPython(bdist_wheel):
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    commands = {"build_ext": BuildSink, "bdist_wheel": AnyPython}
+    return {"ext_modules": [Extension("surgery_kernels.libsurgery_sink", ["csrc/api.cu"])], "cmdclass": commands}
+
 
 setup(
     name="attention-surgery",
@@ -55,12 +74,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages("kernels") + find_packages(include=["surgery", "surgery.*"]),
+    packages=[*find_packages("kernels"), *find_packages(include=["surgery", "surgery.*"]), "surgery_kernels.csrc"],
     # kernels/ is a source root like src/: a top-level package of that name would shadow Hugging Face's `kernels`
-    package_dir={"surgery_kernels": "kernels/surgery_kernels"},
-    package_data={"surgery": ["demo_data/*.jsonl", "demo_data/README.md"]},
-    ext_modules=extensions,
-    cmdclass=commands,
+    package_dir={"surgery_kernels": "kernels/surgery_kernels", "surgery_kernels.csrc": "csrc"},
+    package_data={
+        "surgery": ["demo_data/*.jsonl", "demo_data/README.md"],
+        "surgery_kernels.backends": ["choice.csv"],
+        "surgery_kernels.csrc": ["*.cu", "*.cuh", "*.h"],
+    },
+    **cuda_build(),
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "hf": HF,

@@ -3,7 +3,7 @@
 #
 #   OUT=results bash bench/gpu.sh
 #
-# OUT gets run.csv, memory.csv, train_step.csv (rows are added as they are measured), targets.txt (written anew after
+# OUT gets run.csv, memory.csv, train_step.csv, choice.csv (rows are added as they are measured), targets.txt (written anew after
 # every part), summary.txt (how each part ended) and log.txt (the output of all of them).
 #
 #   PEERS           folder of wheels (flash-attn-4 and what it needs, fa3-fwd, flash-colsum), installed elsewhere
@@ -61,14 +61,14 @@ part environment 40 "$python" -m surgery env
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv >>"$OUT/log.txt"
     test_command=("$python" -m pytest -q -n 8 tests/ops/test_gpu.py tests/ops/test_triton.py
-        tests/ops/test_triton_columns.py)
+        tests/ops/test_triton_columns.py tests/ops/test_vendor.py tests/ops/test_epilogue.py)
     run=("$python" -m bench.run --tokens 16k --seconds 4 --csv "$OUT/run.csv")
     # telling ones first, should the part be cut off
     lengths=1k,8k,2k,16k,512,4k
     dims=(llama3-8b llama3.2-1b)
     ours=ours_triton,ours_triton_off
     free=sdpa_cudnn,sdpa_flash
-    peers=ours_triton,flex,fa4,fa3_fwd,sdpa_efficient,vaug_flash,vaug_cudnn,vaug_efficient,eager,paper
+    peers=ours_triton,ours_fa4,ours_cudnn,ours_flash,flex,fa4,fa3_fwd,sdpa_efficient,vaug_flash,vaug_cudnn,vaug_efficient,eager,paper
     memory=(--shapes llama3-8b --lengths "1k,2k,4k,8k,16k,32k" --budget 80 --impls "$ours,sdpa_flash,eager,paper")
     columns=(--shapes llama3.2-1b --kinds "causal,full" --lengths 4k --tokens 4k)
     large=(--model llama3.2-1b --lengths 2048 --methods "plain,surgery,paper")
@@ -110,6 +110,10 @@ if command -v compute-sanitizer >/dev/null; then
     done
 else
     say "memcheck, racecheck: not run, compute-sanitizer is not there"
+fi
+if [ ${#small[@]} -gt 0 ]; then
+    part epilogue 30 "$python" -m bench.epilogue --bandwidth
+    part choice 60 "$python" -m bench.choice --repetitions 5 --csv "$OUT/choice.csv"
 fi
 part memory 50 "$python" -m bench.memory "${memory[@]}" --csv "$OUT/memory.csv"
 part columns 40 "$python" -m bench.run --task column_mass "${columns[@]}" --csv "$OUT/run.csv"
