@@ -304,7 +304,7 @@ def _surgery_penalty(model, pairs, length):
     heads = base.config.get_text_config().num_attention_heads
     recorded = torch.zeros(len(attention_modules(base)), 2 * pairs, heads)
     bounds = torch.zeros(2 * pairs, 2, dtype=torch.int32)
-    probe = Probe("penalty", recorded, bounds, torch.zeros(2 * pairs, length), None, 1, pairs)
+    probe = Probe("penalty", recorded, bounds, torch.zeros(2 * pairs, length), None, 1, pairs, torch.zeros(2 * pairs))
     logits = model(**_tokens(2 * pairs, length), logits_to_keep=1, surgery_ctx=probe).logits
     return Relay.apply(logits, recorded.sum(), 1.0, probe, lambda: None)
 
