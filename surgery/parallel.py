@@ -51,6 +51,22 @@ def tensor_parallel_group(base):
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
 
+def check_adapters(base):
+    """Refuse adapters on split layers that nobody keeps in step.
+
+    Raises:
+        ValueError: tensor parallel with PEFT adapters, and transformers does not tell PEFT how layers are split.
+    """
+    if tensor_parallel_group(base) is None:
+        return
+    modules = list(base.modules())
+    if any(is_a(m, "BaseTunerLayer") for m in modules) and not any(hasattr(m, "_hf_tp_plan") for m in modules):
+        raise ValueError(
+            "adapters with tensor parallel: this transformers does not tell PEFT how the layers are split, so their "
+            "gradients would differ between ranks, with Surgery or without. Use DDP, FSDP2 or DeepSpeed for adapters"
+        )
+
+
 def all_heads(base, local):
     """[L, B, H] of all heads out of a tensor-parallel rank's [L, B, H / ranks]; otherwise `local` itself."""
     group = tensor_parallel_group(base)

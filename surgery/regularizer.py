@@ -16,6 +16,7 @@ from .config import SurgeryConfig
 from .parallel import (
     all_heads,
     any_rank,
+    check_adapters,
     common_value,
     compute_device,
     data_parallel_ranks,
@@ -89,14 +90,15 @@ class SurgeryRegularizer:
         config: SurgeryConfig; default the paper's.
         group: the data-parallel process group; default: all ranks, but for one tensor-parallel group.
     Raises:
-        ValueError: the model is not patched, of an unknown family, or wrapped in nn.DataParallel or FSDP1.
+        ValueError: the model is not patched, of an unknown family, wrapped in nn.DataParallel or FSDP1, or tensor
+            parallel with adapters that PEFT does not split.
     """
 
     def __init__(self, model, config=None, group=None):
         self.model = model
         self.config = SurgeryConfig() if config is None else config
         self.group = group
-        check_patched(model)
+        check_adapters(check_patched(model))
         self.report = None
         self._waiting = None
         self._sink_position = None
