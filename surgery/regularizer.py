@@ -6,6 +6,7 @@ Where one forward sees all sequences of d, each layer finds the sign of d by its
 over ranks) a first pass without gradient measures d, and the second one is given [d > 0] of every head.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -142,13 +143,14 @@ class SurgeryRegularizer:
             return self.report.penalty.clone().requires_grad_()
         return self._loss(pair, slice(None), positive)
 
-    def backward(self, harmful, refusal, backward=None):
+    def backward(self, harmful, refusal, backward=None, context=nullcontext):
         """Forward and backward of the penalty, chunk after chunk, by the rules of the engine around the model.
 
         Args:
             harmful, refusal: as in a call.
             backward: called with each chunk's loss, `accelerator.backward` say; default: `loss.backward()`, or
                 DeepSpeed's backward off the accumulation boundary and without its division by accumulation steps.
+            context: called for a context manager around each forward, `lambda: torch.autocast("cuda")` say.
         Returns:
             The penalty, detached. `self.report` holds the per-head values.
         Raises:
@@ -156,17 +158,19 @@ class SurgeryRegularizer:
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() under torch.no_grad() would leave no gradient: call the regulariser instead")
-        pair = self._start(harmful, refusal)
-        several = len(pair.chunks) > 1
-        states = []
-        positive = self._measure(pair, states) if several or self._measures_first else None
+        states, positive = [], None
+        with context():
+            pair = self._start(harmful, refusal)
+            if len(pair.chunks) > 1 or self._measures_first:
+                positive = self._measure(pair, states)
         if positive is not None and self.report.dropped:
             return self.report.penalty
         for number, rows in enumerate(pair.chunks):
             if states:
                 _set_random_state(states[number])
             with without_sync(self.model, last=number == len(pair.chunks) - 1):
-                loss = self._loss(pair, rows, positive)
+                with context():
+                    loss = self._loss(pair, rows, positive)
                 if backward is None:
                     run_backward(self.model, loss)
                 else:

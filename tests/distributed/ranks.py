@@ -32,6 +32,8 @@ def run_ranks(script, *arguments, folder, ranks=2, timeout=240, **more):
     processes = []
     for rank in range(ranks):
         group = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        # accelerate asks for them; nothing listens there, the group is joined through the file
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         output = folder / f"rank{rank}.json"
         log = open(folder / f"rank{rank}.log", "w", encoding="utf-8")  # noqa: SIM115
         command = [sys.executable, str(HERE / script), *map(str, arguments), str(output)]
@@ -63,13 +65,17 @@ def run_ranks(script, *arguments, folder, ranks=2, timeout=240, **more):
 
 
 def start_group():
-    """Inside a rank: join the process group. A rank that waits a minute for another gives up."""
+    """Inside a rank: join the process group, if there is more than one. Waiting for another rank ends in a minute."""
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in LAUNCHER:
+            os.environ.pop(name, None)
+        return 0, 1
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=os.environ["STORE"], **options)
