@@ -133,11 +133,16 @@ def without_sync(model, last):
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
-def run_backward(model, loss):
+def run_backward(model, loss, boundary=False):
     """loss.backward() by the engine's rules, and never an optimizer step.
 
     DeepSpeed divides by its accumulation steps and takes a boundary backward for the step's last one; both would be
     wrong for a loss that comes once a step and before the task's.
+
+    Args:
+        model: as it is trained.
+        loss: scalar.
+        boundary: take it for the step's last backward after all, so that ZeRO's gradients can be read.
     """
     engine = deepspeed_engine(model)
     if engine is None:
@@ -145,8 +150,28 @@ def run_backward(model, loss):
         return
     # None: the engine counts micro-steps itself
     before = engine._is_gradient_accumulation_boundary
-    engine.set_gradient_accumulation_boundary(False)
+    engine.set_gradient_accumulation_boundary(boundary)
     try:
         engine.backward(loss, scale_wrt_gas=False)
     finally:
         engine.set_gradient_accumulation_boundary(before)
+
+
+def whole_weight(p):
+    """All of a parameter's value, whatever its engine keeps on this rank. Every rank calls it."""
+    if hasattr(p, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+    p = p.detach()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def whole_gradient(p):
+    """All of a parameter's gradient, or None; with ZeRO-2 only after a boundary backward. Every rank calls it."""
+    if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(p)
+    return p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
