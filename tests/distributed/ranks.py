@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,11 +30,11 @@ def run_ranks(script, *arguments, folder, ranks=2, timeout=240, **more):
     Raises:
         AssertionError: a rank failed (with the end of its output), or the deadline passed.
     """
-    processes = []
+    processes, port = [], free_port()
     for rank in range(ranks):
         group = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        # accelerate asks for them; nothing listens there, the group is joined through the file
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        # accelerate asks for them; they are used only where a script does not join the group through the file
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         output = folder / f"rank{rank}.json"
         log = open(folder / f"rank{rank}.log", "w", encoding="utf-8")  # noqa: SIM115
         command = [sys.executable, str(HERE / script), *map(str, arguments), str(output)]
@@ -62,6 +63,12 @@ def run_ranks(script, *arguments, folder, ranks=2, timeout=240, **more):
         assert child not in late, f"rank {rank} did not end in {timeout} s:\n{end}"
         assert child.returncode == 0, f"rank {rank} failed:\n{end}"
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start_group():

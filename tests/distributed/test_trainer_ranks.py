@@ -1,6 +1,7 @@
 """Trainer in every engine that runs on a CPU, against one process with the same global batches."""
 
 import pytest
+import torch
 from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -30,3 +31,19 @@ def test_trainer_gives_the_same_losses_in_every_engine(tmp_path, trained):
     for engine, run in runs.items():
         for key, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("penalty", 1e-3)):
             assert close(run[key], one[key], tolerance), (engine, key, run[key], one[key])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate runs FSDP2 on GPUs only, and this needs two")
+@pytest.mark.parametrize("trained", ("full", "lora"))
+def test_trainer_with_fsdp2_on_gpus(tmp_path, trained):
+    """Trainer + accelerate + FSDP2 on two GPUs against one process on the CPU, float32."""
+    runs = {}
+    for engine, ranks in (("one", 1), ("fsdp2", 2)):
+        folder = tmp_path / engine
+        folder.mkdir()
+        runs[engine] = run_ranks("trainer_run.py", engine, trained, folder=folder, ranks=ranks)[0]
+    assert runs["fsdp2"]["engine"].startswith("FSDP")
+    for key in ("loss", "grad_norm", "penalty"):
+        # another device's arithmetic, five steps of AdamW apart
+        assert close(runs["fsdp2"][key], runs["one"][key], 5e-3), key

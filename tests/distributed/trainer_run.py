@@ -7,6 +7,7 @@ Writes {"loss": [...], "grad_norm": [...], "penalty": [...]}, a value a step.
 """
 
 import json
+import os
 import sys
 
 from engines import build
@@ -34,7 +35,9 @@ def zero(stage):
 
 
 def main(engine, lora, output):
-    rank, ranks = start_group()
+    on_gpus = engine == "fsdp2"
+    # accelerate runs FSDP2 on GPUs only, and joins their group by itself
+    ranks = int(os.environ["WORLD_SIZE"]) if on_gpus else start_group()[1]
     # before TrainingArguments: with ZeRO-3 they make transformers partition weights as they are created
     model = build(lora == "lora")
     arguments = TrainingArguments(
@@ -47,7 +50,8 @@ def main(engine, lora, output):
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=not on_gpus,
+        **({"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}} if on_gpus else {}),
         disable_tqdm=True,
         deepspeed=zero(int(engine[-1])) if engine.startswith("zero") else None,
     )
@@ -67,6 +71,7 @@ def main(engine, lora, output):
     trainer.train()
     logged = trainer.state.log_history
     result = {key: [line[key] for line in logged if key in line] for key in ("loss", "grad_norm")}
+    # fully_shard makes a class of the model's own, FSDPLlamaForCausalLM
     result["engine"] = type(trainer.model_wrapped).__name__
     trainer.accelerator.wait_for_everyone()
     result["penalty"] = [line["penalty"] for line in read_history("run")]
