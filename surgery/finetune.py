@@ -71,8 +71,16 @@ class TrainConfig:
             raise ValueError("fsdp and deepspeed exclude each other: give one")
         if self.fsdp and not torch.cuda.is_available():
             raise ValueError("fsdp needs GPUs: without one accelerate would train with DDP instead, and not say so")
-        if self.deepspeed and not Path(self.deepspeed).is_file():
+        if self.deepspeed:
+            self._check_deepspeed()
+
+    def _check_deepspeed(self):
+        if not Path(self.deepspeed).is_file():
             raise ValueError(f"deepspeed: no such file {self.deepspeed}")
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
+        if zero.get("stage") == 3 and not zero.get(gather):
+            raise ValueError(f"{self.deepspeed}: ZeRO-3 saves no weights unless zero_optimization has {gather}: true")
 
     @classmethod
     def from_dict(cls, options):
@@ -104,6 +112,11 @@ def run_training(train, surgery, progress=True, callbacks=()):
     rows = task_rows(train)
     # before the model: DeepSpeed and FSDP2 decide how it is loaded
     arguments = training_arguments(train, disable_tqdm=not progress)
+    if train.deepspeed:
+        import deepspeed
+
+        # accelerate leaves this out on CPUs, and ZeRO-3 would load the weights as if for one rank
+        deepspeed.init_distributed()
     options = {
         "train": {**asdict(train), "resume": False},
         "surgery": {} if surgery is None else surgery.to_dict(),

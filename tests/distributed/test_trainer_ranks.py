@@ -33,6 +33,23 @@ def test_trainer_gives_the_same_losses_in_every_engine(tmp_path, trained):
             assert close(run[key], one[key], tolerance), (engine, key, run[key], one[key])
 
 
+def test_train_refuses_what_would_not_do_what_it_says(tmp_path):
+    from surgery.finetune import TrainConfig
+
+    files = {"data": "d", "harmful": "h", "refusal": "r", "output": str(tmp_path / "run")}
+    zero3 = tmp_path / "zero3.json"
+    zero3.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="ZeRO-3 saves no weights unless"):
+        TrainConfig(**files, deepspeed=str(zero3))
+    with pytest.raises(ValueError, match="no such file"):
+        TrainConfig(**files, deepspeed=str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="exclude each other"):
+        TrainConfig(**files, deepspeed=str(zero3), fsdp=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="accelerate would train with DDP instead"):
+            TrainConfig(**files, fsdp=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate runs FSDP2 on GPUs only, and this needs two")
 @pytest.mark.parametrize("trained", ("full", "lora"))
