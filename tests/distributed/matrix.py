@@ -138,6 +138,12 @@ def nan_pair(rank):
     return batches
 
 
+def call_an_engine(engine, rank):
+    """reg(...).backward() with DeepSpeed: refused, since its scaling and stepping sit in the engine's backward."""
+    surgery.patch_model(engine.model)
+    surgery.SurgeryRegularizer(engine.model, surgery.SurgeryConfig(sinks=1))(*pair(rank))
+
+
 def one_rank_has_nan(engine, truth, rank):
     """The probe of the last rank is NaN: all ranks leave it out, and the next one counts as ever."""
     surgery.patch_model(engine.model)
@@ -242,6 +248,8 @@ def main(name, output):
         results["NaN on one rank"] = attempt(one_rank_has_nan, engine_class(with_nan_token(build())), truth, rank)
         results["NaN, global"] = attempt(every_rank_raises, engine_class(with_nan_token(build())), rank)
         results["sinks"] = attempt(ranks_disagree_on_the_sink, engine_class(build()), rank)
+    if name.startswith("zero"):
+        results["call"] = attempt(call_an_engine, engine_class(build()), rank)
     if name == "tp":
         results["lora"] = attempt(cell, maker(True, "off"), truth, 0, "per_rank")
     results["broken"] = attempt(broken, maker(False, "off"), data_rank)
