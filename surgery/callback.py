@@ -5,6 +5,8 @@ never alive together, clipping sees the sum of both gradients, and accumulation 
 """
 
 import json
+import logging
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +21,10 @@ from .probe import unwrap
 from .regularizer import SurgeryRegularizer
 from .run_files import STATE, History, write_json, write_manifest
 
+log = logging.getLogger("surgery")
+# options that may change when a run goes on with another number of ranks
+PER_RANK = ("pairs_per_step", "probe_chunk_size")
+
 
 class SurgeryCallback(TrainerCallback):
     """Adds the regulariser's gradient to every optimizer step of a Trainer, logs it, and survives a resume.
@@ -28,8 +34,10 @@ class SurgeryCallback(TrainerCallback):
         callback.attach(trainer)
         trainer.train()
 
-    The model is patched when training begins and restored at its end. With lambda_sink = 0 the training is left
-    bit for bit as it was: the divergence is measured under no_grad, with the model's own attention between probes.
+    On one process, DDP, FSDP2 and DeepSpeed ZeRO; with divergence="per_rank" the log and the history are the first
+    rank's. The model is patched when training begins and restored at its end. With lambda_sink = 0 the training is
+    left bit for bit as it was: the divergence is measured under no_grad, with the model's own attention between
+    probes.
 
     Args:
         config: SurgeryConfig; default the paper's.
@@ -103,11 +111,15 @@ class SurgeryCallback(TrainerCallback):
                 stack.enter_context(patched(model, self.config.backend))
                 stack.enter_context(torch.no_grad())
             model.train(not measure_only)
-            with self.trainer.compute_loss_context_manager():
-                penalty = self.regularizer(harmful, refusal)
+            if measure_only:
+                with self.trainer.compute_loss_context_manager():
+                    self.regularizer(harmful, refusal)
+            else:
+                # with DeepSpeed accelerate's backward would step the optimizer: the regulariser uses the raw engine
+                deepspeed = getattr(self.trainer, "is_deepspeed_enabled", False)
+                backward = None if deepspeed else self.trainer.accelerator.backward
+                self.regularizer.backward(harmful, refusal, backward, context=self.trainer.compute_loss_context_manager)
             model.train(was_training)
-            if not measure_only:
-                self.trainer.accelerator.backward(penalty)
         self._record(state)
         self._probe_seconds = time.perf_counter() - self._step_started
 
@@ -122,6 +134,8 @@ class SurgeryCallback(TrainerCallback):
             control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
+        # every rank has written its part of the checkpoint before it is marked as complete
+        self.trainer.accelerator.wait_for_everyone()
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -131,6 +145,8 @@ class SurgeryCallback(TrainerCallback):
             "step": state.global_step,
             "config": self.config.to_dict(),
             "probe_data_sha256": self.probe_data.hashes,
+            "pairs_used": self.probe_data.used(state.global_step),
+            "ranks": self.probe_data.world_size,
         }
         write_json(folder / STATE, {**saved, "regularizer": self.regularizer.state_dict()})
 
@@ -143,8 +159,16 @@ class SurgeryCallback(TrainerCallback):
         tokenizer = self.tokenizer or self.trainer.processing_class
         if tokenizer is None:
             raise ValueError("SurgeryCallback needs a tokenizer: pass tokenizer=, or processing_class to the trainer")
+        # ranks that split a sequence or its heads hold the same rows; they are the inner ones of the mesh
+        sizes = [getattr(self.trainer, name, lambda: 1)() for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
+        together = math.prod(sizes)
         self.probe_data = ProbeData(
-            self.harmful, self.refusal, tokenizer, self.config, args.process_index, args.world_size
+            self.harmful,
+            self.refusal,
+            tokenizer,
+            self.config,
+            args.process_index // together,
+            args.world_size // together,
         )
 
     def _check_engine(self, args):
@@ -153,8 +177,6 @@ class SurgeryCallback(TrainerCallback):
                 f"Trainer would use nn.DataParallel on {args.n_gpu} GPUs, whose replicas lose the statistics: start "
                 f"one process a GPU (torchrun, accelerate launch), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
             )
-        if getattr(self.trainer, "is_deepspeed_enabled", False):
-            raise ValueError("DeepSpeed is not supported: accelerate's backward would step the optimizer twice a step")
 
     def _resume(self, args, step):
         """Check that the checkpoint belongs to this config and data, and restore the regulariser's state."""
@@ -168,6 +190,18 @@ class SurgeryCallback(TrainerCallback):
             )
         saved = json.loads((folders[0] / STATE).read_text(encoding="utf-8"))
         now = {"config": self.config.to_dict(), "probe_data_sha256": self.probe_data.hashes}
+        ranks, pairs = self.probe_data.world_size, self.config.pairs_per_step
+        before = saved.get("ranks", ranks), saved["config"]["pairs_per_step"]
+        if ranks != before[0]:
+            # another machine: what one rank takes may change with it
+            for name in PER_RANK:
+                now["config"][name] = saved["config"].get(name)
+            if ranks * pairs != math.prod(before):
+                log.warning(
+                    "resumed on %d ranks with %d probe pairs each a step, was %d with %d: each step now sees %d pairs "
+                    "instead of %d",
+                    *(ranks, pairs, *before, ranks * pairs, math.prod(before)),
+                )
         for part, values in now.items():
             changed = {
                 key: (saved[part].get(key), value) for key, value in values.items() if saved[part].get(key) != value
@@ -176,11 +210,15 @@ class SurgeryCallback(TrainerCallback):
                 lines = "; ".join(f"{key} was {was!r}, is {value!r}" for key, (was, value) in changed.items())
                 raise ValueError(f"the checkpoint was made with another {part}: {lines}")
         self.regularizer.load_state_dict(saved["regularizer"])
+        self.probe_data.resume(step, saved.get("pairs_used", self.probe_data.used(step)))
 
     def _record(self, state):
         if self.history is None:
             return
         report = self.regularizer.report
+        if report.dropped:
+            self.history.append({"step": state.global_step + 1, "dropped": True})
+            return
         self.history.append(
             {
                 "step": state.global_step + 1,
@@ -195,16 +233,20 @@ class SurgeryCallback(TrainerCallback):
         )
 
     def _metrics(self):
-        reports = [report for report, _ in self._since_log]
+        reports = [report for report, _ in self._since_log if not report.dropped]
 
         def mean(values):
             return float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
 
-        return {
-            "surgery/penalty": mean([r.penalty for r in reports]),
-            "surgery/positive_heads": mean([r.positive_heads for r in reports]),
-            "surgery/max_divergence": mean([r.divergence.max() for r in reports]),
-            "surgery/sink_mass_harmful": mean([r.harmful.mean() for r in reports]),
-            "surgery/sink_mass_refusal": mean([r.refusal.mean() for r in reports]),
-            "surgery/time_share": mean([share for _, share in self._since_log]),
-        }
+        metrics = {"surgery/time_share": mean([share for _, share in self._since_log])}
+        if self.config.nonfinite == "drop":
+            metrics["surgery/dropped"] = self.regularizer.dropped
+        if reports:
+            metrics |= {
+                "surgery/penalty": mean([r.penalty for r in reports]),
+                "surgery/positive_heads": mean([r.positive_heads for r in reports]),
+                "surgery/max_divergence": mean([r.divergence.max() for r in reports]),
+                "surgery/sink_mass_harmful": mean([r.harmful.mean() for r in reports]),
+                "surgery/sink_mass_refusal": mean([r.refusal.mean() for r in reports]),
+            }
+        return metrics

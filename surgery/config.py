@@ -31,6 +31,20 @@ class SurgeryConfig:
     )
     rows: str = option("non_sink", "query rows that count", choices=ROW_POLICIES)
     pairs_per_step: int = option(4, "harmful and refusal probe sequences of one optimizer step, each")
+    probe_chunk_size: int | None = option(
+        None, "probe sequences of one forward, for probes that do not fit at once; costs one more forward of each"
+    )
+    divergence: str = option(
+        "per_rank",
+        "data parallel: d of each rank's own pairs, gradients averaged, or d of all ranks' pairs (one more forward)",
+        choices=("per_rank", "global"),
+    )
+    nonfinite: str = option(
+        "raise",
+        "a probe on which the model's activations are NaN or infinite: stop, or leave it out and count it (costs one "
+        "more forward of every probe)",
+        choices=("raise", "drop"),
+    )
     max_length: int = option(512, "longest probe sequence, tokens")
     sink_refresh_steps: int = option(
         50,
@@ -53,6 +67,9 @@ class SurgeryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be an int >= {lowest}, got {value!r}")
+        chunk = self.probe_chunk_size
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"probe_chunk_size must be an int >= 1 or None, got {chunk!r}")
         for field_ in fields(self):
             choices, value = field_.metadata.get("choices"), getattr(self, field_.name)
             if choices and value not in choices:

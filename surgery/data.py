@@ -216,14 +216,15 @@ def encode_rows(rows, encoder, config, name):
 class ProbeData:
     """Harmful and refusal sequences, and which of them each optimizer step takes.
 
-    The order is a function of (config.seed, step) alone, in shuffled passes over each side: it does not touch
-    torch's or Python's random state, and a resumed run continues where it stopped without a saved cursor.
+    The order is a function of config.seed and of the pair's number in the whole run alone, in shuffled passes over
+    each side: it does not touch torch's or Python's random state, and ranks take consecutive pairs of it. A run
+    resumed on another number of ranks goes on behind the pairs that were used (`resume`).
 
     Args:
         harmful, refusal: sources, see `read_rows`.
         tokenizer: with a chat template unless config.chat is false.
         config: SurgeryConfig.
-        rank, world_size: data-parallel ranks take different rows.
+        rank, world_size: among data-parallel ranks, which take different rows.
     Raises:
         ValueError: bad data, see `read_rows` and `encode_rows`.
     """
@@ -231,12 +232,21 @@ class ProbeData:
     def __init__(self, harmful, refusal, tokenizer, config, rank=0, world_size=1):
         encoder = RowEncoder(tokenizer, config.max_length, config.chat, config.double_bos)
         self.config, self.rank, self.world_size = config, rank, world_size
+        self._first_step = self._first_pair = 0
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.hashes, self._encoded = {}, {}
         for name, source in (("harmful", harmful), ("refusal", refusal)):
             rows = read_rows(source)
             self.hashes[name] = rows_hash(rows)
             self._encoded[name] = encode_rows(rows, encoder, config, f"{name} probe rows")
+
+    def used(self, step):
+        """Pairs that all ranks have used before optimizer step `step`."""
+        return self._first_pair + (step - self._first_step) * self.world_size * self.config.pairs_per_step
+
+    def resume(self, step, used):
+        """Go on at `step` behind `used` pairs, whatever number of ranks used them."""
+        self._first_step, self._first_pair = step, used
 
     def batches(self, step):
         """(harmful, refusal) batches of optimizer step `step` (counted from 0), as `SurgeryRegularizer` takes them."""
@@ -250,7 +260,7 @@ class ProbeData:
     def indices(self, name, step):
         """Row numbers of one side for `step`."""
         size, count = len(self._encoded[name]), self.config.pairs_per_step
-        start = (step * self.world_size + self.rank) * count
+        start = self.used(step) + self.rank * count
         return [self._order(name, (start + i) // size)[(start + i) % size] for i in range(count)]
 
     def _order(self, name, epoch):

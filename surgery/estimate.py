@@ -19,6 +19,7 @@ METHODS = ("plain", "surgery", "paper")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST = "bf16-autocast"
 OPTIMIZERS = ("adamw", "none")
+ENGINES = ("none", "ddp", "fsdp2", "zero2", "zero3")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # Public config.json numbers of each model; everything else at its class default.
@@ -85,8 +86,9 @@ class StepEstimate:
         parameters: parameters and buffers.
         gradients: gradients that are there during the whole step; 0 when they are made within it, in which case
             they are part of `activations`.
-        optimizer: optimizer state.
+        optimizer: optimizer state, and DeepSpeed's float32 weights where the model's are of lower precision.
         activations: the rest at the peak: saved activations, logits, attention maps, temporaries.
+        engine: what the engine adds: DDP's gradient buckets, the parameters that FSDP2 and ZeRO-3 gather, 0 alone.
     """
 
     method: str
@@ -94,10 +96,11 @@ class StepEstimate:
     gradients: int
     optimizer: int
     activations: int
+    engine: int = 0
 
     @property
     def total(self):
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.engine
 
 
 def shape_config(model):
@@ -133,6 +136,8 @@ def estimate_step(
     lora=None,
     gradients_resident=None,
     optimizer="adamw",
+    engine="none",
+    ranks=1,
 ):
     """Peak memory of one micro-step of training.
 
@@ -144,7 +149,14 @@ def estimate_step(
     Not counted: what one operator allocates and frees inside itself (the `cpu` backend's temporaries are a few rows
     wide, the `reference` backend's are [B, H, T, T]), temporaries of optimizer.step(), the allocator's
     fragmentation, the CUDA context (about 0.5 GiB), the forward without gradient that searches the argmax sink
-    (smaller than the probe's own) and other processes' shards: this is one device.
+    (smaller than the probe's own): this is one device.
+
+    With an engine it is one of `ranks` devices, each with its own task and probe batches. Measured is the step of the
+    whole model; the engine's share of parameters, gradients and optimizer state is computed: "fsdp2" and "zero3" keep
+    1 / ranks of all three, "zero2" of the last two, and gradients are there during the whole step. On top come DDP's
+    buckets (a copy of the gradients), and what FSDP2 and ZeRO-3 gather at one time: all parameters outside the layers
+    and two layers, one in use and one ahead. Reduction buffers of a fixed size (DeepSpeed's bucket options) are not
+    counted.
 
     Args:
         model: a key of SHAPES, a model folder or hub id, or a transformers config. Weights are never loaded.
@@ -156,7 +168,9 @@ def estimate_step(
         lora: rank of LoRA adapters on the attention projections, or None for full fine-tuning. Needs peft.
         gradients_resident: gradients exist before the micro-step, as from the second one on under accumulation;
             default: True with LoRA, else False.
-        optimizer: "adamw" (two tensors a trainable parameter, in its dtype) or "none".
+        optimizer: "adamw" (two tensors a trainable parameter, in its dtype; float32 with ZeRO) or "none".
+        engine: one of ENGINES.
+        ranks: its processes.
     Returns:
         StepEstimate.
     Raises:
@@ -175,8 +189,14 @@ def estimate_step(
         longest = config.get_text_config().max_position_embeddings
         if name.endswith("length") and value > longest:
             raise ValueError(f"{name} must be at most {longest}, the positions of this model, got {value}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1 or (engine == "none" and ranks > 1):
+        raise ValueError(f"ranks must be an int >= 1, and 1 without an engine, got {ranks!r} with engine {engine!r}")
     if gradients_resident is None:
-        gradients_resident = lora is not None
+        gradients_resident = lora is not None or engine != "none"
+    if engine != "none" and not gradients_resident:
+        raise ValueError(f"gradients_resident must be left out with engine {engine!r}: its gradients stay")
     verbosity = transformers_logging.get_verbosity()
     # fake tensors make transformers warn about things that are not so
     transformers_logging.set_verbosity_error()
@@ -185,7 +205,7 @@ def estimate_step(
             model = _build(config, method, dtype, checkpointing, lora)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _to_fake(model)
-            return _measure(
+            whole = _measure(
                 model,
                 method,
                 (task_batch, task_length),
@@ -194,6 +214,7 @@ def estimate_step(
                 gradients_resident,
                 optimizer,
             )
+            return whole if engine == "none" else _share(whole, model, engine, ranks)
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -289,6 +310,30 @@ def _measure(model, method, task, probe, autocast, gradients_resident, optimizer
     )
 
 
+def _share(whole, model, engine, ranks):
+    """What one of `ranks` processes holds of a StepEstimate of the whole model."""
+    sharded = engine in ("fsdp2", "zero3")
+    optimizer = whole.optimizer
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if engine.startswith("zero") and optimizer:
+        # Adam in float32, and a float32 copy of weights that are not
+        optimizer = sum((8 + 4 * (p.dtype != torch.float32)) * p.numel() for p in trainable)
+    buffers = sum(b.nbytes for b in model.buffers())
+    parameters = whole.parameters
+    if sharded:
+        parameters = (parameters - buffers) // ranks + buffers
+    extra = 0
+    if engine == "ddp" and ranks > 1:
+        extra = whole.gradients
+    elif sharded and ranks > 1:
+        layers = sorted(sum(p.nbytes for p in layer.parameters()) for layer in unwrap(model).model.layers)
+        extra = whole.parameters - buffers - sum(layers) + sum(layers[-2:])
+    divided = 1 if engine == "ddp" else ranks
+    return StepEstimate(
+        whole.method, parameters, whole.gradients // divided, optimizer // divided, whole.activations, extra
+    )
+
+
 def _tokens(batch, length):
     """input_ids [B, T] and an attention_mask [B, T]; without it transformers takes fake rows for packed ones."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
@@ -306,7 +351,7 @@ def _surgery_penalty(model, pairs, length):
     heads = base.config.get_text_config().num_attention_heads
     recorded = torch.zeros(len(attention_modules(base)), 2 * pairs, heads)
     bounds = torch.zeros(2 * pairs, 2, dtype=torch.int32)
-    probe = Probe("penalty", recorded, bounds, torch.zeros(2 * pairs, length), None, 1, pairs)
+    probe = Probe("penalty", recorded, bounds, torch.zeros(2 * pairs, length), None, 1, pairs, torch.zeros(2 * pairs))
     logits = model(**_tokens(2 * pairs, length), logits_to_keep=1, surgery_ctx=probe).logits
     return Relay.apply(logits, recorded.sum(), 1.0, probe, lambda: None)
 

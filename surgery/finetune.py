@@ -13,6 +13,8 @@ from .models import load_model
 from .run_files import complete_checkpoints, write_json
 
 RUN_CONFIG = "run_config.json"
+# options that may change when a run goes on with another number of ranks
+PER_RANK = {"number", "batch_size", "accumulation", "pairs_per_step", "probe_chunk_size"}
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,8 @@ class TrainConfig:
     bf16: bool = option(True, "bf16 autocast over float32 weights")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward")
     compile: bool = option(False, "torch.compile the model")
+    fsdp: bool = option(False, "shard the model over all ranks with FSDP2 (through accelerate, on GPUs)")
+    deepspeed: str | None = option(None, "JSON file of DeepSpeed options, ZeRO-2 or ZeRO-3")
     lora_rank: int = option(16, "rank of LoRA adapters on all linear layers")
     log_every: int = option(5, "steps between log lines")
     save_every: int = option(50, "steps between checkpoints")
@@ -63,6 +67,20 @@ class TrainConfig:
             raise ValueError(f"epochs and learning_rate must be > 0, got {self.epochs} and {self.learning_rate}")
         if self.method not in ("full", "lora"):
             raise ValueError(f"method must be full or lora, got {self.method!r}")
+        if self.fsdp and self.deepspeed:
+            raise ValueError("fsdp and deepspeed exclude each other: give one")
+        if self.fsdp and not torch.cuda.is_available():
+            raise ValueError("fsdp needs GPUs: without one accelerate would train with DDP instead, and not say so")
+        if self.deepspeed:
+            self._check_deepspeed()
+
+    def _check_deepspeed(self):
+        if not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed: no such file {self.deepspeed}")
+        gather = "stage3_gather_16bit_weights_on_model_save"
+        zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
+        if zero.get("stage") == 3 and not zero.get(gather):
+            raise ValueError(f"{self.deepspeed}: ZeRO-3 saves no weights unless zero_optimization has {gather}: true")
 
     @classmethod
     def from_dict(cls, options):
@@ -92,10 +110,18 @@ def run_training(train, surgery, progress=True, callbacks=()):
     from .trainer import SurgeryTrainer
 
     rows = task_rows(train)
+    # before the model: DeepSpeed and FSDP2 decide how it is loaded
+    arguments = training_arguments(train, disable_tqdm=not progress)
+    if train.deepspeed:
+        import deepspeed
+
+        # accelerate leaves this out on CPUs, and ZeRO-3 would load the weights as if for one rank
+        deepspeed.init_distributed()
     options = {
         "train": {**asdict(train), "resume": False},
         "surgery": {} if surgery is None else surgery.to_dict(),
         "data": {"task_sha256": rows_hash(rows)},
+        "ranks": {"number": arguments.world_size},
     }
     checkpoint = check_output(train, options)
     model, tokenizer = load_model(train.model)
@@ -108,7 +134,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
         probes = {"surgery_config": surgery, "harmful": train.harmful, "refusal": train.refusal, "manifest": options}
     trainer = trainer_class(
         model,
-        training_arguments(train, disable_tqdm=not progress),
+        arguments,
         train_dataset=task_examples(rows, encoder),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
@@ -118,9 +144,11 @@ def run_training(train, surgery, progress=True, callbacks=()):
     if not progress:
         # it prints every log line to standard output, where --json must be alone
         trainer.remove_callback(PrinterCallback)
-    # not earlier: a run that fails on its input leaves no folder behind
-    Path(train.output).mkdir(parents=True, exist_ok=True)
-    write_json(Path(train.output, RUN_CONFIG), options)
+    # not earlier: a run that fails on its input leaves no folder behind, and all ranks have looked at the folder
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        Path(train.output).mkdir(parents=True, exist_ok=True)
+        write_json(Path(train.output, RUN_CONFIG), options)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(Path(train.output, "model"))
     return trainer
@@ -144,16 +172,29 @@ def check_output(train, options):
     if not saved.is_file():
         raise ValueError(f"{folder} holds no run to resume ({RUN_CONFIG} is missing)")
     before = json.loads(saved.read_text(encoding="utf-8"))
+    may_change = {"output"}
+    if before.setdefault("ranks", options["ranks"]) != options["ranks"]:
+        sizes = [_sequences_a_step(one) for one in (before, options)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"cannot resume on {options['ranks']['number']} ranks with {sizes[1]} task sequences a step, it was "
+                f"{sizes[0]}: set --batch-size or --accumulation so that their product with the ranks is the same"
+            )
+        may_change |= PER_RANK
     changed = [
         f"{name} was {before[part].get(name)!r}, is {options[part].get(name)!r}"
         for part in options
         for name in {**before[part], **options[part]}
-        if before[part].get(name) != options[part].get(name) and name != "output"
+        if before[part].get(name) != options[part].get(name) and name not in may_change
     ]
     if changed:
         raise ValueError(f"cannot resume with another config: {'; '.join(changed)}")
     checkpoints = complete_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def _sequences_a_step(options):
+    return options["train"]["batch_size"] * options["train"]["accumulation"] * options["ranks"]["number"]
 
 
 def task_rows(train):
@@ -184,6 +225,9 @@ def training_arguments(train, **overrides):
     """transformers.TrainingArguments of a TrainConfig."""
     from transformers import TrainingArguments
 
+    if train.fsdp:
+        sharding = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+        overrides = {"fsdp": "full_shard", "fsdp_config": sharding, **overrides}
     return TrainingArguments(
         output_dir=train.output,
         per_device_train_batch_size=train.batch_size,
@@ -196,6 +240,7 @@ def training_arguments(train, **overrides):
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=train.gradient_checkpointing,
         torch_compile=train.compile,
+        deepspeed=train.deepspeed,
         logging_steps=train.log_every,
         logging_first_step=True,
         save_steps=train.save_every,

@@ -1,13 +1,16 @@
 """Attention whose backward adds the regulariser's gradient: `surgery::penalty_attn`.
 
-The probe batch is [harmful; refusal] rows. With m_bi the sink mass of row i, w_bi its weight (1 / counted rows):
+The probe batch is [harmful; refusal] rows. With m_bi the sink mass of row i, w_bi its weight (1 / counted rows) and
+u_b the sequence's share in d (1 / n_harmful, or -1 / n_refusal):
 
-    alpha_b = sum_i w_bi m_bi;   d = mean_harmful alpha - mean_refusal alpha;   penalty = coefficient * sum relu(d)
-    dpenalty / dm_bi = coefficient * [d > 0] * w_bi / n_harmful      (harmful rows; - .../ n_refusal on refusals)
+    alpha_b = sum_i w_bi m_bi;   d = sum_b u_b alpha_b;   penalty = coefficient * sum_heads relu(d)
+    dpenalty / dm_bi = coefficient * [d > 0] * u_b * w_bi
 
-Everything of it is layer-local, so that no tensor leaves the layer: values are copied out, and the gradient enters
-inside this operator's backward, which also consumes the gradient of `out`. Under reentrant checkpointing, FSDP2,
-mixed precision and compile that is the one place where it is never lost (README, "How the gradient gets in").
+A batch that is only a part (a chunk, a rank's share of a global batch) cannot know the sign of d: it is then given
+as `positive`, measured by an earlier pass. Everything is layer-local, so that no tensor leaves the layer: values are
+copied out, and the gradient enters inside this operator's backward, which also consumes the gradient of `out`. Under
+reentrant checkpointing, FSDP2, mixed precision and compile that is the one place where it is never lost (README, "How
+the gradient gets in").
 
 `control` [1 + L] fp32 is read and written while the backward runs: control[0] is the upstream gradient times the
 coefficient, set by `Relay`; control[1 + layer] becomes 1 when the layer's gradient has been added.
@@ -38,7 +41,8 @@ def _inputs(q, k, v, bounds, sinks, n_sinks, softmax_scale, causal, window_left,
 
 def sequence_means(sink_mass, row_weight):
     """alpha [B, H] = weighted sum over rows of sink_mass [B, H, T] with row_weight [B, T] (paper, eq. 2)."""
-    return torch.einsum("bht,bt->bh", sink_mass, row_weight)
+    # no matrix product: autocast would round its factors
+    return (sink_mass * row_weight[:, None]).sum(-1)
 
 
 def head_divergence(alpha, n_harmful):
@@ -54,6 +58,8 @@ def penalty_attn(
     bounds: Tensor,
     sinks: Tensor | None,
     row_weight: Tensor,
+    share: Tensor,
+    positive: Tensor | None,
     control: Tensor,
     layer: int,
     n_harmful: int,
@@ -72,9 +78,11 @@ def penalty_attn(
         bounds: int32 [B, 2], see `masks.padding_bounds`.
         sinks: int32 [B, n] positions, or None for the first `n_sinks` tokens.
         row_weight: [B, T] fp32, sums to 1 in each sequence.
+        share: [B] fp32, positive on harmful sequences, negative on refusals.
+        positive: [L, H] fp32, [d > 0] of every head, or None: from this batch.
         control: [1 + L] fp32, see the module's docstring.
         layer: index of this layer.
-        n_harmful: number of harmful sequences, the first ones.
+        n_harmful: number of harmful sequences, the first ones; read where `positive` is None.
     Returns:
         out [B, T, H, D], lse [B, H, T], sink_mass [B, H, T].
     """
@@ -108,6 +116,8 @@ def _penalty_attn_backward(
     bounds: Tensor,
     sinks: Tensor | None,
     row_weight: Tensor,
+    share: Tensor,
+    positive: Tensor | None,
     layer: int,
     n_harmful: int,
     n_sinks: int,
@@ -118,11 +128,12 @@ def _penalty_attn_backward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    positive = (head_divergence(sequence_means(sink_mass, row_weight), n_harmful) > 0).to(row_weight.dtype)
-    sign = torch.full_like(row_weight[:, 0], -1.0 / max(1, row_weight.shape[0] - n_harmful))
-    sign[:n_harmful] = 1.0 / n_harmful
-    # [B, H, T] = scale * [d > 0] * (+-1 / n) * w
-    dmass = control[0] * torch.einsum("h,b,bt->bht", positive, sign, row_weight)
+    if positive is None:
+        counted = (head_divergence(sequence_means(sink_mass, row_weight), n_harmful) > 0).to(row_weight.dtype)
+    else:
+        counted = positive[layer]
+    # [B, H, T] = scale * [d > 0] * u * w
+    dmass = control[0] * torch.einsum("h,b,bt->bht", counted, share, row_weight)
     control.data[1 + layer] = 1.0
     inputs = _inputs(q, k, v, bounds, sinks, n_sinks, softmax_scale, causal, window_left, window_right, softcap)
     stats, dstats = sink_mass.unsqueeze(0), dmass.to(sink_mass.dtype).unsqueeze(0)
@@ -135,17 +146,17 @@ def _(dout, control, out, lse, sink_mass, q, k, v, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bounds, sinks, row_weight, control = inputs[:7]
-    ctx.save_for_backward(*output, q, k, v, bounds, sinks, row_weight)
+    *saved, control = inputs[:9]
+    ctx.save_for_backward(*output, *saved)
     # not a saved tensor: it is written between forward and backward, on purpose
     ctx.control = control
-    ctx.scalars = inputs[7:]
+    ctx.scalars = inputs[9:]
 
 
 def _autograd(ctx, dout, dlse, dmass):
     grads = _penalty_attn_backward(dout, ctx.control, *ctx.saved_tensors, *ctx.scalars)
-    # q, k, v; then 4 tensors and 9 scalars without gradient
-    return (*grads, *(None,) * 13)
+    # q, k, v; then 6 tensors and 9 scalars without gradient
+    return (*grads, *(None,) * 15)
 
 
 penalty_attn.register_autograd(_autograd, setup_context=_setup_context)

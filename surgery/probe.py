@@ -7,7 +7,10 @@ A `Probe` is deliberately an opaque object: not a tuple, dict or dataclass of te
 import torch
 import torch.nn as nn
 
+from .parallel import deepspeed_engine, is_a
 from .penalty_op import penalty_attn, sequence_means
+
+INF = float("inf")
 
 
 class Probe:
@@ -16,14 +19,16 @@ class Probe:
     Attributes:
         kind: "penalty" (values, and the regulariser's gradient in the backward), "mass" (values only) or "columns"
             (total attention each key receives, for finding the sink).
-        recorded: fp32, NaN until written: [L, B, H] alpha, or [L, B, T] summed over heads for "columns".
+        recorded: fp32, NaN until written, inf where a NaN was: [L, B, H] alpha (this rank's heads), or [L, B, T]
+            summed over heads for "columns".
         bounds: int32 [B, 2], see `masks.padding_bounds`.
         row_weight: [B, T] fp32.
         sinks: int32 [B, n] positions from each sequence's first real token, or None for the first n_sinks.
+        share: [B] fp32, and positive: [L, H] fp32 (this rank's heads) or None; for "penalty", see penalty_op.py.
         control: [1 + L] fp32, see penalty_op.py.
     """
 
-    def __init__(self, kind, recorded, bounds, row_weight, sinks, n_sinks, n_harmful=0):
+    def __init__(self, kind, recorded, bounds, row_weight, sinks, n_sinks, n_harmful=0, share=None, positive=None):
         self.kind = kind
         self.recorded = recorded
         self.bounds = bounds
@@ -31,15 +36,19 @@ class Probe:
         self.sinks = sinks
         self.n_sinks = n_sinks
         self.n_harmful = n_harmful
+        self.share = share
+        self.positive = positive
         self.control = torch.zeros(1 + recorded.shape[0], device=recorded.device)
 
     def record(self, layer, rows_or_columns):
         """Copy a layer's values out: [B, H, T] sink mass, or [B, H, T] column mass. No gradient passes."""
         with torch.no_grad():
             if self.kind == "columns":
-                self.recorded[layer].copy_(rows_or_columns.sum(1))
+                values = rows_or_columns.sum(1)
             else:
-                self.recorded[layer].copy_(sequence_means(rows_or_columns.detach().float(), self.row_weight))
+                values = sequence_means(rows_or_columns.detach().float(), self.row_weight)
+            # a NaN would pass for a layer that wrote nothing
+            self.recorded[layer].copy_(values.nan_to_num(nan=INF, posinf=INF, neginf=INF))
 
 
 def penalty_attention(probe, layer, q, k, v, inputs, backend):
@@ -51,6 +60,8 @@ def penalty_attention(probe, layer, q, k, v, inputs, backend):
         probe.bounds,
         probe.sinks,
         probe.row_weight,
+        probe.share,
+        probe.positive,
         probe.control,
         layer,
         probe.n_harmful,
@@ -88,10 +99,10 @@ class Relay(torch.autograd.Function):
 
 
 def unwrap(model):
-    """The Hugging Face model inside DDP, torch.compile and PEFT wrappers.
+    """The Hugging Face model inside DDP, DeepSpeed, torch.compile and PEFT wrappers.
 
     Raises:
-        ValueError: nn.DataParallel, which replicates the model in threads and would lose the statistics.
+        ValueError: nn.DataParallel, which replicates the model in threads and would lose the statistics; FSDP1.
     """
     while True:
         if isinstance(model, nn.DataParallel):
@@ -99,7 +110,12 @@ def unwrap(model):
                 "nn.DataParallel is not supported: its replicas lose the statistics. Start one process a GPU "
                 "(torchrun or accelerate launch), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
             )
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if is_a(model, "FullyShardedDataParallel"):
+            raise ValueError(
+                "FSDP1 (FullyShardedDataParallel) is not supported: use FSDP2, torch.distributed.fsdp.fully_shard, or "
+                "fsdp_version 2 with accelerate and Trainer"
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel) or deepspeed_engine(model) is not None:
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod

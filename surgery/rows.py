@@ -146,6 +146,19 @@ def row_weights(batch, bounds, positions, n_sinks, rows):
     return counted.float() / total[:, None]
 
 
+def shares(count, n_harmful, totals=None):
+    """Each sequence's share in d: 1 / harmful sequences, or -1 / refusals (paper, eq. 3).
+
+    Args:
+        count: sequences of the batch, the first `n_harmful` of them harmful.
+        totals: (harmful, refusal) sequences in all, where the batch is a part; default: those of the batch.
+    Returns:
+        [count] fp32.
+    """
+    harmful, refusal = totals or (n_harmful, count - n_harmful)
+    return torch.tensor([1.0 / harmful] * n_harmful + [-1.0 / refusal] * (count - n_harmful))
+
+
 def prepare(batch, sinks, rows):
     """(bounds, positions, n_sinks, row_weight) of a ProbeBatch, checked."""
     bounds = padding_bounds(batch.mask)

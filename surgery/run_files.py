@@ -69,7 +69,8 @@ class History:
 
     def __init__(self, folder, last_step=0):
         self.path = Path(folder, HISTORY)
-        kept = [line for line in read_history(self.path) if line["step"] <= last_step] if last_step else []
+        lines = read_history(self.path, dropped=True)
+        kept = [line for line in lines if line["step"] <= last_step] if last_step else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def append(self, line):
@@ -77,13 +78,16 @@ class History:
             file.write(json.dumps(line) + "\n")
 
 
-def read_history(path):
+def read_history(path, dropped=False):
     """Lines of surgery_history.jsonl as dicts: step, penalty, mean_relu_divergence, positive_heads, divergence, ...
 
     `divergence` is [L][H]; mean_relu_divergence is the penalty without lambda.
 
     A last line cut short by a kill is left out.
 
+    Args:
+        path: the file or its folder.
+        dropped: with the lines {"step", "dropped"} of steps whose probe was left out as not finite.
     Raises:
         ValueError: another line is malformed (its number is named).
     """
@@ -99,7 +103,7 @@ def read_history(path):
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path.name}, line {number}: not JSON: {error.msg}") from None
-    return parsed
+    return [line for line in parsed if dropped or "dropped" not in line]
 
 
 def complete_checkpoints(folder):

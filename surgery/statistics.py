@@ -3,6 +3,7 @@
 import torch
 
 from .masks import padding_bounds
+from .parallel import all_heads, sum_of_heads
 from .patch import attention_modules, check_patched
 from .probe import Probe
 from .rows import as_probe_batch, prepare
@@ -23,7 +24,7 @@ def sink_mass(model, input_ids, attention_mask=None, rows="non_sink", sinks=1, r
         [L, B, H] fp32.
     Raises:
         ValueError: the model is not patched, wrong shapes or options, a sequence in which no row counts.
-        RuntimeError: a layer wrote no statistic.
+        RuntimeError: a layer wrote no statistic, or its activations are NaN.
     """
     batch = {"input_ids": input_ids}
     for key, mask in (("attention_mask", attention_mask), ("row_mask", row_mask)):
@@ -38,7 +39,8 @@ def sink_mass(model, input_ids, attention_mask=None, rows="non_sink", sinks=1, r
     with torch.no_grad():
         probe = mass_probe(base, batch, sinks, rows)
         run_probe(model, base, batch, probe)
-    return probe.recorded
+    check_finite(probe.recorded)
+    return all_heads(base, probe.recorded)
 
 
 def sink_divergence(harmful, refusal):
@@ -66,6 +68,8 @@ def find_sinks(model, batch):
         batch: what a tokenizer returns, see `rows.as_probe_batch`.
     Returns:
         int32 [B], positions from each sequence's first real token.
+    Raises:
+        NonFiniteStatistic: NaN activations.
     """
     base = check_patched(model)
     batch = as_probe_batch(batch)
@@ -74,17 +78,20 @@ def find_sinks(model, batch):
     probe = Probe("columns", columns, bounds, batch.mask.float(), None, 1)
     with torch.no_grad():
         run_probe(model, base, batch, probe)
+    check_finite(columns)
+    columns = sum_of_heads(base, columns)
     # padding receives no attention, so its columns hold 0 and are never the largest
     return (columns.sum(0).argmax(-1) - bounds[:, 0]).to(torch.int32)
 
 
-def mass_probe(base, batch, sinks, rows, kind="mass", n_harmful=0):
-    """A Probe that records alpha [L, B, H] of `batch`; checks sinks and rows."""
+def mass_probe(base, batch, sinks, rows, kind="mass", n_harmful=0, share=None, positive=None):
+    """A Probe that records alpha [L, B, H] of `batch`, H this rank's heads; checks sinks and rows."""
     bounds, positions, n_sinks, weight = prepare(batch, sinks, rows)
     config = base.config.get_text_config()
-    shape = (len(attention_modules(base)), batch.mask.shape[0], config.num_attention_heads)
+    heads = config.num_attention_heads // (getattr(base, "_tp_size", None) or 1)
+    shape = (len(attention_modules(base)), batch.mask.shape[0], heads)
     recorded = torch.full(shape, float("nan"), device=bounds.device)
-    return Probe(kind, recorded, bounds, weight, positions, n_sinks, n_harmful)
+    return Probe(kind, recorded, bounds, weight, positions, n_sinks, n_harmful, share, positive)
 
 
 def run_probe(model, base, batch, probe):
@@ -109,7 +116,21 @@ def run_probe(model, base, batch, probe):
     if silent.any():
         layers = silent.nonzero()[:, 0].tolist()
         raise RuntimeError(
-            f"layers {layers} of {type(base).__name__} wrote no attention statistic, or NaN: the keyword surgery_ctx "
-            f"did not reach their attention function, or the model's activations are NaN"
+            f"layers {layers} of {type(base).__name__} wrote no attention statistic: the keyword surgery_ctx did not "
+            f"reach their attention function"
         )
     return logits
+
+
+class NonFiniteStatistic(RuntimeError):
+    """The model's activations on a probe are NaN or infinite."""
+
+
+def check_finite(recorded):
+    """Raise NonFiniteStatistic if `recorded` [L, ...] is not finite anywhere."""
+    bad = (~recorded.isfinite()).flatten(1).any(1)
+    if bad.any():
+        raise NonFiniteStatistic(
+            f"layers {bad.nonzero()[:, 0].tolist()}: the model's activations on the probe are NaN or infinite. "
+            f'SurgeryConfig(nonfinite="drop") leaves such a probe out and counts it'
+        )

@@ -62,9 +62,9 @@ def verify(model, config, harmful, refusal, autocast=None, tolerance=1e-4):
     floor = 0.0
     if autocast is not None:
         low, _ = _eager_gradients(model, config, harmful, refusal, sinks, autocast)
-        floor = _worst(low, truth)[0]
+        floor = worst_gradient(low, truth)[0]
         tolerance = 2 * floor
-    error, name = _worst(ours, truth)
+    error, name = worst_gradient(ours, truth)
     return Verification(value, eager_value, error, name, floor, tolerance)
 
 
@@ -103,7 +103,7 @@ def _eager_gradients(model, config, harmful, refusal, sinks, autocast):
             model, join(harmful, refusal), harmful.mask.shape[0], sinks, config.rows, config.lambda_sink
         )
     model.train(was_training)
-    return _take_gradients(model, penalty), penalty.item()
+    return take_gradients(model, penalty), penalty.item()
 
 
 def _our_gradients(model, config, harmful, refusal, sinks, autocast):
@@ -113,7 +113,7 @@ def _our_gradients(model, config, harmful, refusal, sinks, autocast):
         regularizer.fix_sinks(sinks)
         with _autocast(model, autocast):
             penalty = regularizer(harmful, refusal)
-        return _take_gradients(model, penalty), penalty.item()
+        return take_gradients(model, penalty), penalty.item()
 
 
 def _autocast(model, dtype):
@@ -121,7 +121,7 @@ def _autocast(model, dtype):
     return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 
-def _take_gradients(model, penalty):
+def take_gradients(model, penalty):
     """Gradients of `penalty` by parameter name; the parameters' own .grad is left as it was."""
     named = [(name, p) for name, p in unwrap(model).named_parameters() if p.requires_grad]
     kept = [p.grad for _, p in named]
@@ -134,7 +134,7 @@ def _take_gradients(model, penalty):
     return found
 
 
-def _worst(gradients, truth):
+def worst_gradient(gradients, truth):
     """(largest relative error, its parameter); parameters without a true gradient must have none."""
     scale = max(x.norm() for x in truth.values())
     worst, name = 0.0, ""

@@ -60,6 +60,8 @@ def run(arguments):
             "errors instead of 84"
         )
     trainer = run_training(train, surgery, progress=not arguments.json)
+    if not trainer.is_world_process_zero():
+        return 0
     result = summary(trainer, train)
     Path(train.output, "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_result(result, arguments.json, summary_table(result))

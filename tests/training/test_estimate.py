@@ -133,6 +133,31 @@ def test_estimate_of_a_public_shape():
     assert estimate.total == estimate.parameters + estimate.optimizer + estimate.activations
 
 
+def test_estimate_of_one_rank():
+    """Shares by hand: what each engine divides, copies and gathers; the activations are the rank's own."""
+    options = {"task_length": 64, "probe_length": 64, "dtype": "bfloat16"}
+    config = AutoConfig.for_model(**WIDE)
+    whole = estimate_step(config, gradients_resident=True, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    numbers = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    buffers = whole.parameters - 2 * numbers
+    assert 0 <= buffers < 1000
+    found = {
+        name: estimate_step(config, engine=name, ranks=4, **options) for name in ("ddp", "fsdp2", "zero2", "zero3")
+    }
+    assert all(one.activations == whole.activations for one in found.values())
+    parts = {name: (e.parameters - buffers, e.gradients, e.optimizer, e.engine) for name, e in found.items()}
+    gathered = 2 * (numbers - (config.num_hidden_layers - 2) * layer)
+    assert parts == {
+        "ddp": (2 * numbers, 2 * numbers, 4 * numbers, 2 * numbers),
+        "fsdp2": (numbers // 2, numbers // 2, numbers, gathered),
+        "zero2": (2 * numbers, numbers // 2, 3 * numbers, 0),
+        "zero3": (numbers // 2, numbers // 2, 3 * numbers, gathered),
+    }
+    assert estimate_step(config, engine="fsdp2", ranks=1, **options) == whole
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -143,6 +168,10 @@ def test_estimate_of_a_public_shape():
         ({"probe_length": 1}, "probe_length must be an int >= 2, got 1"),
         ({"task_length": 5000}, "task_length must be at most 4096"),
         ({"lora": 0}, "lora must be a rank >= 1"),
+        ({"engine": "megatron"}, "engine must be one of none, ddp, fsdp2, zero2, zero3"),
+        ({"engine": "fsdp2", "ranks": 0}, "ranks must be an int >= 1"),
+        ({"ranks": 2}, "1 without an engine, got 2"),
+        ({"engine": "ddp", "gradients_resident": False}, "gradients_resident must be left out"),
     ],
 )
 def test_estimate_rejects(options, message):

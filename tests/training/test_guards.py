@@ -124,6 +124,15 @@ def test_data_parallel(model, wrap):
         surgery.patch_model(wrap(tiny_model()))
 
 
+def test_fsdp1(model):
+    class FullyShardedDataParallel(nn.Module):
+        """Told by its name, since torch's own cannot be made without a process group."""
+
+    wrapped = FullyShardedDataParallel()
+    with pytest.raises(ValueError, match=r"FSDP1 .* is not supported: use FSDP2"):
+        surgery.SurgeryRegularizer(wrapped)
+
+
 def test_probe_without_a_valid_row(regularizer):
     harmful, refusal = probe_batches()
     short = {"input_ids": torch.tensor([[5, 6], [7, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}

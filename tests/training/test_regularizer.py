@@ -156,7 +156,7 @@ def test_argmax_gradients_when_sequences_disagree(monkeypatch):
     assert penalty == pytest.approx(value, rel=1e-5)
     assert worst_error(gradient, truth) <= EXACT
     assert regularizer.report.sink_position == -1
-    assert regularizer.state_dict() == {"calls": 1, "sink_position": None}
+    assert regularizer.state_dict() == {"calls": 1, "sink_position": None, "dropped": 0}
 
 
 def test_agreed_argmax_is_kept_until_the_refresh(monkeypatch):
