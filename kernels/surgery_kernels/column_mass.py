@@ -6,6 +6,8 @@ from .backends import triton
 from .types import AttnInputs
 
 BLOCK = 256
+# scores of a block, all heads together: 32 MiB in fp32, however long the sequence
+MAX_SCORES = 2**23
 
 
 def column_mass(inputs: AttnInputs, lse):
@@ -42,8 +44,9 @@ def _column_mass(inputs, lse):
     left, right = inputs.window_bounds
     key = torch.arange(len_k, device=q.device)[None, None, :]
     real = (key >= first[:, None, None]) & (key < used_k[:, None, None])
-    for start in range(0, len_q, BLOCK):
-        rows = slice(start, min(start + BLOCK, len_q))
+    block = max(1, min(BLOCK, MAX_SCORES // max(1, batch * n_heads * len_k)))
+    for start in range(0, len_q, block):
+        rows = slice(start, min(start + block, len_q))
         q_block = q[:, :, rows].unflatten(1, (n_kv, -1)).flatten(2, 3)
         s = torch.matmul(q_block, k.transpose(-1, -2)) * inputs.softmax_scale
         s = s.view(batch, n_heads, rows.stop - rows.start, len_k)

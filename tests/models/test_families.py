@@ -53,6 +53,10 @@ def test_task_gradients(family):
 def test_penalty_and_gradients(family):
     batches = probe_batches()
     value, truth = eager_truth(tiny_model(family), *batches)
+    if value == 0:
+        # versions differ in initialisation; no head positive this way round means some are the other way round
+        batches = batches[::-1]
+        value, truth = eager_truth(tiny_model(family), *batches)
     model = surgery.patch_model(tiny_model(family))
     penalty = surgery.SurgeryRegularizer(model, surgery.SurgeryConfig(sinks=1))(*batches)
     penalty.backward()
@@ -119,7 +123,10 @@ def test_unpacked_batch_without_a_mask(compiled):
     if compiled:
         torch._dynamo.reset()
         patched = torch.compile(patched, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
+    # torch's own hint when an older version breaks the graph here
+    old = torch.torch_version.TorchVersion(torch.__version__) < (2, 11)
+    options = {"capture_dynamic_output_shape_ops": True} if old else {}
+    with torch.no_grad(), torch._dynamo.config.patch(options):
         torch.testing.assert_close(
             patched(ids, use_cache=False).logits, plain(ids, use_cache=False).logits, **TOLERANCE
         )

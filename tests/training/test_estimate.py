@@ -80,7 +80,8 @@ def test_live_memory_agrees_with_the_estimate():
     model = AutoModelForCausalLM.from_config(shape_config(AutoConfig.for_model(**WIDE))).train()
     ids = torch.zeros(2, 200, dtype=torch.int64)
     with LiveMemory(model.parameters(), model.buffers()) as memory:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        # transformers 4.57 takes a batch without a mask for a packed one, and materialises that mask
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
     estimate = estimate_step(
         AutoConfig.for_model(**WIDE), method="plain", task_batch=2, task_length=200, dtype="float32", optimizer="none"
     )

@@ -67,7 +67,7 @@ def test_gradients_equal_eager_compiled(compiled, checkpointing, lora, config):
     value, truth = eager_truth(make(), *batches)
     model = make()
     set_checkpointing(model, checkpointing)
-    if lora and checkpointing != "off":
+    if lora and checkpointing != "off" and hasattr(model.base_model.model, "_require_grads_hook"):
         # transformers adds a hook that calls requires_grad_() on the embeddings, which a whole-model graph cannot hold
         model.base_model.model.disable_input_require_grads()
     surgery.patch_model(model)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_metrics_history_and_manifest(tmp_path):
     assert d.shape == (3, 4) and int((d > 0).sum()) == history[0]["positive_heads"]
     assert history[0]["penalty"] == pytest.approx(300 * d.clamp_min(0).mean().item(), rel=1e-4)
     manifest = json.loads((tmp_path / "surgery_manifest.json").read_text())
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == metadata.version("torch")
     assert set(manifest["probe_data_sha256"]) == {"harmful", "refusal"}
     assert manifest["config"]["lambda_sink"] == 300.0
     for folder in (tmp_path, tmp_path / "checkpoint-6"):

@@ -17,6 +17,8 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # exp(s - HUGE) is 0: the lse of rows that see no key, for the kernel's backward
 HUGE = 1e30
+# before torch 2.9 the kernel reads past the end of k and v when they have fewer heads than q
+GROUPED_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 9)
 # channels that `_backward_bf16` adds to the head dim: three are needed, a multiple of 16 is fast
 SPARE = 16
 
@@ -25,6 +27,8 @@ def can_run(inputs):
     len_q, len_k = inputs.q.shape[1], inputs.k.shape[1]
     left, right = inputs.window_size
     if inputs.softcap or set(inputs.stats) - {"sink_mass"}:
+        return False
+    if not GROUPED_HEADS and inputs.q.shape[2] != inputs.k.shape[2]:
         return False
     if inputs.softmax_scale <= 0.0:
         # the kernel scales its causal -inf
