@@ -59,7 +59,10 @@ setup(
     packages=find_packages("kernels") + find_packages(include=["surgery", "surgery.*"]),
     # kernels/ is a source root like src/: a top-level package of that name would shadow Hugging Face's `kernels`
     package_dir={"surgery_kernels": "kernels/surgery_kernels"},
-    package_data={"surgery": ["demo_data/*.jsonl", "demo_data/README.md"]},
+    package_data={
+        "surgery": ["demo_data/*.jsonl", "demo_data/README.md"],
+        "surgery.evaluation": ["templates/*", "tasks/*.yaml"],
+    },
     ext_modules=extensions,
     cmdclass=commands,
     install_requires=["torch>=2.11", "numpy"],
