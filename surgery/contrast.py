@@ -99,28 +99,30 @@ def split_halves(values, generator):
     return values[:, order[:size]], values[:, order[size : 2 * size]]
 
 
-def null_counts(values, splits=200, level=0.05, seed=0):
+def null_counts(values, splits=1000, level=0.05, seed=0):
     """How many heads differ "significantly" between random halves of one and the same set.
 
     Args:
         values: [L, N, H], N >= 4.
         splits: number of random splits.
     Returns:
-        dict of JSON types: the mean and the 2.5 to 97.5 % range over splits of the significant heads on each side.
-        Heads are correlated, so the range is much wider than independent tests would have it.
+        dict of JSON types: the mean and the 2.5 to 97.5 % range over splits of the significant heads on each side,
+        and of the smaller of the two counts. Heads are correlated, so a side's range is much wider than independent
+        tests would have it; but chance moves heads one way or the other, hardly both ways at once.
     Raises:
         ValueError: fewer than 4 sequences.
     """
     if values.shape[1] < 4:
         raise ValueError(f"halves need at least 4 sequences, got {values.shape[1]}")
     stats, generator = _scipy_stats(), np.random.default_rng(seed)
-    found = {"positive": [], "negative": []}
+    found = {"positive": [], "negative": [], "smaller_side": []}
     for _ in range(splits):
         a, b = split_halves(np.asarray(values, dtype=np.float64), generator)
         strong = np.nan_to_num(_welch(stats, a, b), nan=1.0) < level
         d = a.mean(1) - b.mean(1)
         found["positive"].append(int((strong & (d > 0)).sum()))
         found["negative"].append(int((strong & (d < 0)).sum()))
+        found["smaller_side"].append(min(found["positive"][-1], found["negative"][-1]))
     result = {"splits": splits, "sequences": [values.shape[1] // 2] * 2}
     for side, counts in found.items():
         result[f"significant_{side}"] = float(np.mean(counts))

@@ -14,6 +14,7 @@ from .run_files import write_json
 
 # below so many pairs a length-matched test has no power worth printing
 MIN_PAIRS = 10
+# columns of the table of contrasts
 COUNTS = (
     "positive",
     "significant_positive",
@@ -21,6 +22,7 @@ COUNTS = (
     "negative",
     "significant_negative",
     "bh_negative",
+    "significant_smaller_side",
     "expected_by_chance_each_side",
     "mean_relu",
 )
@@ -87,6 +89,8 @@ def contrast_rows(summary):
     """(header, rows) of the table of contrasts, the null's mean over splits last."""
     rows = []
     for title, counts in summary["contrasts"].items():
+        smaller = min(counts["significant_positive"], counts["significant_negative"])
+        counts = {**counts, "significant_smaller_side": smaller}
         rows.append((title, *counts["sequences"], *(counts[name] for name in COUNTS)))
     null = summary.get("null")
     if null:
@@ -217,7 +221,8 @@ def _page(values, summary, settings, tables, figures):
                     f"d is alpha(first set) - alpha(second). Significant: p < {level} of Welch's t test, of the paired "
                     f"test for matched sequences; bh: after Benjamini-Hochberg over all heads. By chance alone "
                     f"{level / 2:.1%} of the heads are significant on each side. The null compares random halves of "
-                    f"the harmful rows; heads are correlated, so its range over splits says what chance can do."
+                    f"the harmful rows; heads are correlated, so its range over splits says what chance can do. It "
+                    f"moves heads one way or the other, hardly both ways at once: compare the smaller side, too."
                 ),
                 table(*tables["contrasts"]),
             ],

@@ -49,7 +49,7 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.check_judge:
         return _check_judges(arguments)
-    from ..evaluation.evaluate import compare_folders, evaluate, evaluate_tasks, score_rows, write_scores
+    from ..evaluation.evaluate import answer_sets, compare_folders, evaluate_tasks, judge_all, score_rows, write_scores
     from ..models import load_model, pick_device
 
     if not arguments.model or not arguments.output or not (arguments.prompts or arguments.tasks):
@@ -63,26 +63,24 @@ def run(arguments):
     model.to(pick_device())
     progress = not arguments.json
     result = {"model": Path(arguments.model).name, "prompts": info}
-    scores = {}
-    if sets:
-        scores = evaluate(
-            model,
-            tokenizer,
-            sets,
-            _judges(arguments),
-            arguments.output,
-            result["model"],
-            progress=progress,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            template=arguments.template,
-            system=arguments.system,
-        )
+    options = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
+    answers = answer_sets(
+        model,
+        tokenizer,
+        sets,
+        arguments.output,
+        result["model"],
+        progress=progress,
+        template=arguments.template,
+        system=arguments.system,
+        **options,
+    )
+    on_tasks = {}
     if tasks:
-        options = {"limit": arguments.limit, "batch_size": arguments.batch_size}
-        scores |= evaluate_tasks(
-            model, tokenizer, tasks, arguments.output, max_new_tokens=arguments.max_new_tokens, **options
-        )
+        on_tasks = evaluate_tasks(model, tokenizer, tasks, arguments.output, limit=arguments.limit, **options)
+    # judges may need the memory
+    del model
+    scores = judge_all(sets, answers, _judges(arguments) if sets else (), arguments.output) | on_tasks
     if arguments.against:
         result["against"] = compare_folders(arguments.against, arguments.output)
     write_scores(arguments.output, scores, result)

@@ -1,4 +1,4 @@
-"""The whole evaluation of one model: answer, judge, score, write. What `surgery eval` and experiments call."""
+"""The steps of an evaluation: answer, judge, score, compare, write. What `surgery eval` and experiments call."""
 
 import csv
 import json
@@ -22,23 +22,20 @@ def judge_answers(prompts, answers, judge):
     return records_of(prompts, answers, judge.judge(exchanges))
 
 
-def evaluate(model, tokenizer, sets, judges, folder, name, progress=False, **generation):
-    """Answer the prompts of every set, judge them, and write answers, verdicts and scores.
-
-    Answers are continued where an earlier call stopped. Judges run one after the other over all sets.
+def answer_sets(model, tokenizer, sets, folder, name, progress=False, **generation):
+    """Answer the prompts of every set into FOLDER/answers/BENCHMARK.jsonl, continuing where an earlier call stopped.
 
     Args:
         model, tokenizer: the model to evaluate.
         sets: dict benchmark -> list of Prompt.
-        judges: iterable of Judge; a generator may load and free them one by one.
-        folder: results; answers/BENCHMARK.jsonl holds texts, everything else ids and numbers.
+        folder: results; only its answers/ holds texts.
         name: of the model, as results and the answer file call it.
         generation: of `generate_answers`: max_new_tokens, batch_size, template, system.
     Returns:
-        dict benchmark -> judge -> scores (see `score_verdicts`).
+        dict benchmark -> list of str.
     """
     folder = Path(folder)
-    answers = {
+    return {
         benchmark: answer_prompts(
             model,
             tokenizer,
@@ -50,7 +47,6 @@ def evaluate(model, tokenizer, sets, judges, folder, name, progress=False, **gen
         )
         for benchmark, prompts in sets.items()
     }
-    return judge_all(sets, answers, judges, folder)
 
 
 def evaluate_tasks(model, tokenizer, sources, folder, **options):
@@ -65,7 +61,15 @@ def evaluate_tasks(model, tokenizer, sources, folder, **options):
 
 
 def judge_all(sets, answers, judges, folder):
-    """Verdicts and scores of answers that are there: dict benchmark -> list of str. Returns as `evaluate`."""
+    """Judge answers and write FOLDER/verdicts/BENCHMARK.JUDGE.jsonl, ids and labels without texts.
+
+    Args:
+        sets: dict benchmark -> list of Prompt; answers: dict benchmark -> list of str, in the same order.
+        judges: iterable of Judge. A generator may load them one by one: each is let go before the next is asked for.
+        folder: results.
+    Returns:
+        dict benchmark -> judge -> scores (see `score_verdicts`).
+    """
     folder = Path(folder)
     scores = {benchmark: {} for benchmark in sets}
     for judge in judges:
@@ -73,6 +77,8 @@ def judge_all(sets, answers, judges, folder):
             records = judge_answers(prompts, answers[benchmark], judge)
             _write_lines(folder / "verdicts" / f"{benchmark}.{judge.name}.jsonl", records)
             scores[benchmark][judge.name] = score_verdicts(records)
+        # before the next one is loaded
+        del judge
     return scores
 
 

@@ -61,7 +61,7 @@ class WildGuard(ModelJudge):
 
 
 class LlamaGuard(ModelJudge):
-    """Llama Guard 3 or 4 (meta-llama): safe, or unsafe and category codes such as S1,S9.
+    """meta-llama/Llama-Guard-3-8B and its like: safe, or unsafe and category codes such as S1,S9.
 
     The policy and its prompt are in the tokenizer's chat template; nothing of them is kept here.
     """

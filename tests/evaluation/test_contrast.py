@@ -73,6 +73,8 @@ def test_null_counts_show_chance_and_the_spread_correlation_gives():
     wide = null_counts(common)
     spread = [x["significant_positive_range"][1] - x["significant_positive_range"][0] for x in (independent, wide)]
     assert spread[1] > 3 * spread[0]
+    # heads that move together are never significant on both sides in numbers
+    assert wide["significant_smaller_side_range"][1] < 10 < wide["significant_positive_range"][1]
 
 
 def test_split_halves_are_disjoint():

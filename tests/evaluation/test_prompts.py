@@ -88,8 +88,7 @@ def test_repeats_and_limit(tmp_path):
 
 
 def test_hub_ids_are_split_into_name_configuration_and_split(monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(name, config, split):
@@ -124,7 +123,7 @@ def test_bad_files_are_named(tmp_path, benchmark, text, message):
 
 
 def test_hub_errors_say_both(monkeypatch):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no network")
