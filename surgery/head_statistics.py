@@ -37,8 +37,8 @@ def head_statistics(model, batch, rows="non_sink", sinks=1, stats=tuple(sk.STATS
         rows, sinks: as `statistics.sink_mass` takes them.
         stats: names out of surgery_kernels.STATS.
     Returns:
-        (dict name -> [L, B, H] fp32, the positions that "argmax" found as int32 [B, 1], else None). sink_mass and
-        entropy (nats) are means over the counted rows, max_logit is the largest of them.
+        (dict name -> [L, B, H] fp32, sink positions int32 [B, n] or None for the first n). sink_mass and entropy
+        (nats) are means over the counted rows, max_logit is the largest of them.
     Raises:
         ValueError: the model is not patched, an unknown statistic, bad batches or options.
         RuntimeError: a layer wrote no statistic.
@@ -52,4 +52,4 @@ def head_statistics(model, batch, rows="non_sink", sinks=1, stats=tuple(sk.STATS
     with torch.no_grad():
         probe = _StatsProbe(mass_probe(base, batch, sinks if found is None else found, rows), tuple(stats))
         run_probe(model, base, batch, probe)
-    return {name: probe.recorded[:, i] for i, name in enumerate(stats)}, found
+    return {name: probe.recorded[:, i] for i, name in enumerate(stats)}, probe.sinks if found is None else found
