@@ -110,7 +110,8 @@ def surgery_attention(
     if surgery_ctx is not None:
         if cu_seqlens is not None:
             raise ValueError("a probe takes padded batches with an attention_mask, not packed rows")
-        return _probed(surgery_ctx, module, q, k, v, options, backend), None
+        attend = _probed if surgery_ctx.split is None else surgery_ctx.split.attention
+        return attend(surgery_ctx, module, q, k, v, options, backend), None
     if kwargs.get("cu_seq_lens_q") is not None or cu_seqlens is not None:
         return _packed(q, k, v, cu_seqlens, options, backend, kwargs), None
     return sk.flash_attn_stats(q, k, v, **options, stats=(), **_lengths(bounds), backend=backend).out, None
