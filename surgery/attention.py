@@ -203,7 +203,9 @@ def _cached_attention(module, query, key, value, attention_mask, scaling, softca
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     s = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     s = softcap * torch.tanh(s / softcap)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         s = s.masked_fill(~attention_mask, torch.finfo(s.dtype).min)
+    elif attention_mask is not None:
+        s = s + attention_mask
     p = torch.softmax(s, -1, dtype=torch.float32).to(value.dtype)
     return torch.matmul(p, value).transpose(1, 2).contiguous(), None
