@@ -110,7 +110,8 @@ def surgery_attention(
     if surgery_ctx is not None:
         if cu_seqlens is not None:
             raise ValueError("a probe takes padded batches with an attention_mask, not packed rows")
-        return _probed(surgery_ctx, module, q, k, v, options, backend), None
+        attend = _probed if surgery_ctx.split is None else surgery_ctx.split.attention
+        return attend(surgery_ctx, module, q, k, v, options, backend), None
     if kwargs.get("cu_seq_lens_q") is not None or cu_seqlens is not None:
         return _packed(q, k, v, cu_seqlens, options, backend, kwargs), None
     return sk.flash_attn_stats(q, k, v, **options, stats=(), **_lengths(bounds), backend=backend).out, None
@@ -205,7 +206,9 @@ def _cached_attention(module, query, key, value, attention_mask, scaling, softca
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     s = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     s = softcap * torch.tanh(s / softcap)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         s = s.masked_fill(~attention_mask, torch.finfo(s.dtype).min)
+    elif attention_mask is not None:
+        s = s + attention_mask
     p = torch.softmax(s, -1, dtype=torch.float32).to(value.dtype)
     return torch.matmul(p, value).transpose(1, 2).contiguous(), None

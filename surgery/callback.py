@@ -178,6 +178,14 @@ class SurgeryCallback(TrainerCallback):
                 f"one process a GPU (torchrun, accelerate launch), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
             )
 
+        parallel = getattr(self.trainer.accelerator, "parallelism_config", None)
+        for name in ("cp_size", "sp_size"):
+            if (getattr(parallel, name, None) or 1) > 1:
+                raise ValueError(
+                    f"{name} must be 1, got {getattr(parallel, name)}: Trainer splits sequences only under its own "
+                    f"attention. surgery.context_parallel.split_probes splits probes in a loop of your own"
+                )
+
     def _resume(self, args, step):
         """Check that the checkpoint belongs to this config and data, and restore the regulariser's state."""
         candidates = [self.resume_from, getattr(args, "resume_from_checkpoint", None)]

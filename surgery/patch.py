@@ -11,6 +11,9 @@ from .attention import NAME, surgery_attention
 from .families import FAMILIES
 from .probe import unwrap
 
+# attribute of a model whose probes are split over ranks, see context_parallel.py
+SPLIT = "_surgery_split"
+
 
 @dataclass(frozen=True)
 class PatchState:
@@ -32,6 +35,7 @@ def patch_model(model, backend="auto"):
     _check_family(base)
     if backend != "auto" and backend not in sk.BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: 'auto', {', '.join(map(repr, sk.BACKENDS))}")
+    modules = attention_modules(base)
     previous = base.config._attn_implementation
     if previous != NAME:
         base.set_attn_implementation(NAME)
@@ -40,7 +44,7 @@ def patch_model(model, backend="auto"):
     if getattr(base, "_surgery_patch", None) is None:
         # a model loaded with attn_implementation="surgery" has no earlier implementation to go back to
         base._surgery_patch = PatchState("sdpa" if previous == NAME else previous)
-    for module in attention_modules(base):
+    for module in modules:
         module._surgery_backend = backend
     return model
 
@@ -99,7 +103,10 @@ def attention_modules(base):
     modules.sort(key=lambda m: m.layer_idx)
     if not modules or [m.layer_idx for m in modules] != list(range(len(modules))):
         indices = [m.layer_idx for m in modules]
-        raise ValueError(f"{type(base).__name__}: attention layers must be numbered 0, 1, 2, ..., got {indices}")
+        raise ValueError(
+            f"{type(base).__name__}: attention layers must be numbered 0, 1, 2, ..., got {indices}. A stage of a "
+            f"pipeline holds only some of them: pipeline parallelism is not supported"
+        )
     return modules
 
 
@@ -130,5 +137,10 @@ def _check_family(base):
         raise ValueError(
             f"config.attention_dropout must be 0, got {dropout}: dropout would make the statistics a lottery"
         )
-    if not hasattr(base, "lm_head") and base.get_output_embeddings() is None:
-        raise ValueError(f"a causal language model is needed, got {type(base).__name__}")
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"a causal language model is needed, got {type(base).__name__} without output embeddings (a stage of a "
+            f"pipeline has none: pipeline parallelism is not supported)"
+        )
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise ValueError(f"causal attention is needed, and the config of {type(base).__name__} asks for bidirectional")

@@ -26,6 +26,7 @@ class Probe:
         sinks: int32 [B, n] positions from each sequence's first real token, or None for the first n_sinks.
         share: [B] fp32, and positive: [L, H] fp32 (this rank's heads) or None; for "penalty", see penalty_op.py.
         control: [1 + L] fp32, see penalty_op.py.
+        split: context_parallel.Split when the sequences are split over ranks, else None.
     """
 
     def __init__(self, kind, recorded, bounds, row_weight, sinks, n_sinks, n_harmful=0, share=None, positive=None):
@@ -38,6 +39,7 @@ class Probe:
         self.n_harmful = n_harmful
         self.share = share
         self.positive = positive
+        self.split = None
         self.control = torch.zeros(1 + recorded.shape[0], device=recorded.device)
 
     def record(self, layer, rows_or_columns):
@@ -47,6 +49,11 @@ class Probe:
                 values = rows_or_columns.sum(1)
             else:
                 values = sequence_means(rows_or_columns.detach().float(), self.row_weight)
+            self.store(layer, values)
+
+    def store(self, layer, values):
+        """Copy a layer's [B, H] means, or [B, T] columns, out."""
+        with torch.no_grad():
             # a NaN would pass for a layer that wrote nothing
             self.recorded[layer].copy_(values.nan_to_num(nan=INF, posinf=INF, neginf=INF))
 

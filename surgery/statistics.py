@@ -4,7 +4,7 @@ import torch
 
 from .masks import padding_bounds
 from .parallel import all_heads, sum_of_heads
-from .patch import attention_modules, check_patched
+from .patch import SPLIT, attention_modules, check_patched
 from .probe import Probe
 from .rows import as_probe_batch, prepare
 
@@ -100,18 +100,14 @@ def run_probe(model, base, batch, probe):
     Raises:
         RuntimeError: a layer wrote no statistic: a wrapper dropped the keyword or replaced the attention.
     """
-    keywords = {}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask}
     if (probe.bounds[:, 0] > 0).any():
         # models count positions from the first column; with left padding the first real token is 0
-        keywords["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_min(0)
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.mask,
-        use_cache=False,
-        logits_to_keep=1,
-        surgery_ctx=probe,
-        **keywords,
-    ).logits
+        inputs["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_min(0)
+    probe.split = getattr(base, SPLIT, None)
+    if probe.split is not None:
+        inputs = probe.split.inputs(batch, probe)
+    logits = model(**inputs, use_cache=False, logits_to_keep=1, surgery_ctx=probe).logits
     silent = probe.recorded.isnan().flatten(1).any(1)
     if silent.any():
         layers = silent.nonzero()[:, 0].tolist()

@@ -85,3 +85,26 @@ def test_a_base_model_without_a_head_is_refused():
 def test_data_parallel_is_refused():
     with pytest.raises(ValueError, match="DataParallel"):
         unwrap(nn.DataParallel(nn.Linear(1, 1)))
+
+
+def test_a_process_group_is_needed_to_split_probes():
+    from surgery.context_parallel import split_probes
+
+    with pytest.raises(ValueError, match="no process group"), split_probes(surgery.patch_model(tiny_model())):
+        pass
+
+
+def test_a_stage_of_a_pipeline_is_refused():
+    first, last = tiny_model(), tiny_model()
+    first.lm_head = None
+    del last.model.layers[0]
+    for stage in (first, last):
+        with pytest.raises(ValueError, match="pipeline parallelism is not supported"):
+            surgery.patch_model(stage)
+
+
+def test_bidirectional_attention_is_refused():
+    model = tiny_model("gemma3_text")
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(ValueError, match="causal attention is needed"):
+        surgery.patch_model(model)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,15 @@ def test_data_parallel_and_missing_tokenizer(tmp_path, monkeypatch):
     trainer = surgery.SurgeryTrainer(**options, harmful=HARMFUL, refusal=REFUSAL)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ("cp_size", "sp_size"))
+def test_context_parallel_training_is_refused(tmp_path, name):
+    trainer = surgery_trainer(tmp_path, save_strategy="no")
+    trainer.accelerator.state.parallelism_config = SimpleNamespace(**{name: 2})
+    with pytest.raises(ValueError, match=f"{name} must be 1, got 2"):
+        trainer.surgery.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.accelerator.state.parallelism_config = None
 
 
 def test_attention_replaced_during_training_stops_the_run(tmp_path):
