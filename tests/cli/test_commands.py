@@ -109,7 +109,7 @@ def test_upstream_preset_warns_about_its_reference_set(folder, tmp_path, capsys,
     saved = json.loads((tmp_path / "run" / "run_config.json").read_text())["surgery"]
     # a flag wins over the preset, the rest is the preset's
     assert (saved["sinks"], saved["double_bos"], saved["pairs_per_step"]) == (1, True, 2)
-    assert "merely safe answers there, which contrast less" in caplog.text
+    assert "merely safe answers there, which leave hardly a head to act on" in caplog.text
 
 
 def test_measure(folder, tmp_path, capsys):
