@@ -7,7 +7,6 @@ flash-attn-4 is not installed (bench/NOTES.md).
 
 import torch
 
-from ..types import Backend
 from .sink_epilogue import reasons, self_check, vendor
 from .sink_epilogue.sequences import is_padded
 
@@ -92,21 +91,11 @@ def _rows_like(q):
 
 KERNEL = vendor.Kernel(_attend, _gradients, top_left=True, rows_like=_rows_like)
 
-
-def forward(inputs):
-    return vendor.forward(inputs, KERNEL)
-
-
-def backward(inputs, out, lse, stats, dout, dlse, dstats):
-    return vendor.backward(inputs, KERNEL, out, lse, stats, dout, dlse, dstats)
-
-
 BACKEND = self_check.register(
-    Backend(
+    vendor.backend(
         "cudnn",
         "cuDNN's attention and a sink epilogue, dense bf16, sm_90 and sm_100",
         unsupported_reasons,
-        forward,
-        backward,
+        KERNEL,
     )
 )

@@ -6,7 +6,6 @@ and sm_100 from about 2048 tokens on (bench/NOTES.md). On sm_80 it has no backwa
 
 import torch
 
-from ..types import Backend
 from .sink_epilogue import reasons, self_check, vendor
 
 
@@ -57,21 +56,11 @@ def _gradients(problem, out, lse, dout, dlse):
 
 KERNEL = vendor.Kernel(_attend, _gradients, takes_dlse=True)
 
-
-def forward(inputs):
-    return vendor.forward(inputs, KERNEL)
-
-
-def backward(inputs, out, lse, stats, dout, dlse, dstats):
-    return vendor.backward(inputs, KERNEL, out, lse, stats, dout, dlse, dstats)
-
-
 BACKEND = self_check.register(
-    Backend(
+    vendor.backend(
         "fa4",
         "FlashAttention-4 and a sink epilogue, bf16 and fp16, sm_90 and sm_100",
         unsupported_reasons,
-        forward,
-        backward,
+        KERNEL,
     )
 )

@@ -7,7 +7,6 @@ adjusted `out`. Where it wins: sm_80, from about 2048 tokens on (bench/NOTES.md)
 
 import torch
 
-from ..types import Backend
 from .sink_epilogue import reasons, self_check, vendor
 
 _forward_op = torch.ops.aten._flash_attention_forward
@@ -76,21 +75,11 @@ def _rows_like(q):
 
 KERNEL = vendor.Kernel(_attend, _gradients, blind_lse=float("inf"), rows_like=_rows_like)
 
-
-def forward(inputs):
-    return vendor.forward(inputs, KERNEL)
-
-
-def backward(inputs, out, lse, stats, dout, dlse, dstats):
-    return vendor.backward(inputs, KERNEL, out, lse, stats, dout, dlse, dstats)
-
-
 BACKEND = self_check.register(
-    Backend(
+    vendor.backend(
         "flash",
         "torch's FlashAttention-2 and a sink epilogue, bf16, sm_80 and newer",
         unsupported_reasons,
-        forward,
-        backward,
+        KERNEL,
     )
 )

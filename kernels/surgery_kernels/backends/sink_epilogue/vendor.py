@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...types import Backend
 from . import cuda, in_torch
 from .sequences import hidden_keys, is_padded, pack_rows, problem_of, unpack_rows
 
@@ -32,6 +33,17 @@ class Kernel(NamedTuple):
     top_left: bool = False
     blind_lse: float = float("-inf")
     rows_like: Callable = torch.empty_like
+
+
+def backend(name, description, unsupported_reasons, kernel):
+    """The Backend that runs a Kernel."""
+    return Backend(
+        name,
+        description,
+        unsupported_reasons,
+        lambda inputs: forward(inputs, kernel),
+        lambda inputs, *rows_and_grads: backward(inputs, kernel, *rows_and_grads),
+    )
 
 
 def forward(inputs, kernel):
