@@ -4,8 +4,8 @@
     python -m bench.aot --arch 90 --head-dim 128 --kernel fwd  some of them, printed
 
 A kernel goes through the launcher and the specialisation of a real call; only the launch is left out. The lines
-show registers a thread, spilled bytes, shared memory, and tensor-core instructions in the machine code: mma is
-HMMA, wgmma HGMMA, tcgen05 UTC*MMA.
+show registers a thread, spilled bytes, shared memory, tensor-core instructions in the machine code (mma is HMMA,
+wgmma HGMMA, tcgen05 UTC*MMA), and all instructions of the loop over full tiles, where the time goes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ARCHS = (80, 86, 90, 100)
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 KEY = ["triton", "arch", "kernel", "head_dim", "dtype", "sink_mass"]
 CONFIG = ["block_m", "block_n", "num_warps", "num_stages"]
-MEASURED = ["registers", "spill_bytes", "smem", "mma", "wgmma", "tcgen05"]
+MEASURED = ["registers", "spill_bytes", "smem", "mma", "wgmma", "tcgen05", "loop"]
 FIELDS = KEY + CONFIG + MEASURED
 TENSOR_CORE = {"mma": r"\bHMMA\.", "wgmma": r"\bHGMMA\.", "tcgen05": r"\bUTC\w*MMA"}
 
@@ -51,21 +51,17 @@ class NoDevice:
         return 0
 
 
-def launch_of(kernel, head_dim, dtype, config, sink_mass=True, batch=2, length=4096, n_heads=32, n_kv=8):
+def causal_launch(kernel, head_dim, dtype, config, sink_mass=True, batch=2, length=4096, n_heads=32, n_kv=8):
     """A Launch of causal self-attention on tensors without memory."""
-    from surgery_kernels.backends.triton.backward import dkdv_launch, dq_launch, row_buffers
-    from surgery_kernels.backends.triton.forward import forward_launch
+    from surgery_kernels.backends.triton.backward import row_buffers
+    from surgery_kernels.backends.triton.run import launch_of
 
     q = torch.empty(batch, length, n_heads, head_dim, dtype=dtype, device="meta")
     k = torch.empty(batch, length, n_kv, head_dim, dtype=dtype, device="meta")
     stats = ("sink_mass",) if sink_mass else ()
     inputs = AttnInputs(q, k, k, head_dim**-0.5, stats=stats, max_seqlen_q=length, max_seqlen_k=length)
-    if kernel == "fwd":
-        return forward_launch(inputs, config)[0]
     dstats = torch.empty(1, *inputs.rows_shape, device="meta") if sink_mass else None
-    rows = row_buffers(inputs, dstats)
-    launch = {"dkdv": dkdv_launch, "dq": dq_launch}[kernel]
-    return launch(inputs, q, rows, config)[0]
+    return launch_of(kernel, inputs, config, q, row_buffers(inputs, dstats))
 
 
 def compile_launch(launch, arch):
@@ -91,7 +87,22 @@ def compile_launch(launch, arch):
         "spill_bytes": max(int(n) for n in spills),
         "smem": compiled.metadata.shared,
     }
-    return row | {name: len(re.findall(pattern, sass)) for name, pattern in TENSOR_CORE.items()}
+    return (
+        row | {name: len(re.findall(pattern, sass)) for name, pattern in TENSOR_CORE.items()} | {"loop": hot_loop(sass)}
+    )
+
+
+def hot_loop(sass):
+    """Instructions of the shortest loop with a tensor-core instruction: of the two loops the one without masks."""
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, re.MULTILINE)
+    index = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    lengths = []
+    for i, (_, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        start = index.get(int(target.group(1), 16), i) if target else i
+        if any(re.search(pattern, t) for _, t in code[start:i] for pattern in TENSOR_CORE.values()):
+            lengths.append(i + 1 - start)
+    return min(lengths, default=0)
 
 
 def _cuobjdump():
@@ -100,7 +111,7 @@ def _cuobjdump():
 
 def measure(kernel, arch, head_dim, dtype, sink_mass, config):
     """One row of the CSV."""
-    launch = launch_of(kernel, head_dim, dtype, config, sink_mass)
+    launch = causal_launch(kernel, head_dim, dtype, config, sink_mass)
     key = (triton.__version__, arch, kernel, head_dim, str(dtype).removeprefix("torch."), int(sink_mass))
     row = dict(zip(KEY, key, strict=True))
     row |= {name: getattr(config, name) for name in CONFIG}
@@ -112,6 +123,8 @@ def rows(archs=ARCHS, kernels=configs.KERNELS, head_dims=HEAD_DIMS, sink_masses=
     for arch in archs:
         for kernel in kernels:
             for head_dim in head_dims:
+                if kernel == "bwd" and head_dim > configs.MAX_SINGLE_PASS:
+                    continue
                 config = configs.choose(kernel, (arch // 10, arch % 10), head_dim, 2)[0]
                 for sink_mass in sink_masses:
                     yield measure(kernel, arch, head_dim, torch.bfloat16, sink_mass, config)

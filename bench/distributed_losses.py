@@ -1,10 +1,11 @@
 """The same fine-tuning in one process, with FSDP2 and with DeepSpeed ZeRO-3: losses step by step, and after a kill.
 
-    python -m bench.distributed_losses --data gsm8k.jsonl --csv losses.csv
+    python -m bench.distributed_losses --data gsm8k.jsonl --kill also --csv losses.csv
 
 Every engine trains the same model on the same global batches with AdamW, the divergence of all ranks' pairs
-(divergence="global") and two micro-batches a step. With --kill a rank of every sharded run is killed with -9 in its
-middle; the run must end with an error within a minute, resume from its last checkpoint and give the same losses.
+(divergence="global") and two micro-batches a step. With --kill also (or only), a rank of every sharded run is killed
+with -9 in its middle; the run must end with an error within a minute, resume from its last checkpoint and give the
+same losses.
 
 Columns: engine, step, task_loss (mean over the step's response tokens), penalty (lambda included), and of the run
 seconds_to_end, from the kill to the end of all ranks (empty without a kill).
@@ -328,7 +329,9 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=2, help="probe pairs of a step, over all ranks (default: 2)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens (default: 128)")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--kill", action="store_true", help="also kill a rank of every sharded run and resume")
+    parser.add_argument(
+        "--kill", choices=("also", "only"), help="sharded runs with a killed rank, besides whole ones or instead"
+    )
     parser.add_argument("--csv", help="where the losses go")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a run may take")
     parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: 10)")
@@ -349,7 +352,8 @@ def main(argv=None):
 def compare_engines(folder, options):
     runs = {}
     for engine in ENGINES:
-        runs[engine] = run(engine, folder / engine, options)
+        if engine == "one" or options.kill != "only":
+            runs[engine] = run(engine, folder / engine, options)
         if options.kill and engine != "one":
             runs[f"{engine}-killed"] = run_killed(engine, folder / f"{engine}-killed", options)
     status = 0

@@ -41,7 +41,10 @@ from surgery.estimate import SHAPES, add_lora, estimate_step, shape_config
 from surgery.live_memory import LiveMemory, optimizer_state
 from surgery.paper_way import paper_penalty
 
-from .train_step_report import environment, print_targets, quantiles, table, write_csv
+from .arguments import lengths, names
+from .out_of_memory import is_out_of_memory, limit_memory, release
+from .records import environment, quantiles, write_csv
+from .train_step_report import COLUMNS, print_targets, table
 
 LAMBDA = 300.0
 TOLERANCE = 1e-4
@@ -255,19 +258,12 @@ def _runs(step, method, inputs):
         step(method, inputs)
         return True
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     # outside the handler: the traceback no longer holds the step's tensors
     step.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    if step.device == "cuda":
-        torch.cuda.empty_cache()
+    release(step.device)
     return False
-
-
-def _is_out_of_memory(error):
-    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def measure_memory(step, method, length):
@@ -299,18 +295,10 @@ def _resident_set(reset=False):
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
 
 
-def _limit_memory():
-    """Make this process fail alone, before the machine runs out of memory."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
-        resource.setrlimit(resource.RLIMIT_DATA, (int(0.85 * available), resource.RLIM_INFINITY))
-
-
 def worker(options):
     """Body of a child process: prints one line of JSON."""
     if options.device == "cpu":
-        _limit_memory()
+        limit_memory()
     step = Step(options)
     if options.worker == "memory":
         result = measure_memory(step, options.methods[0], options.lengths[0])
@@ -404,18 +392,6 @@ def _estimate(options, method, length, train, checkpointing):
 
 
 def _parser():
-    def names(known):
-        def parse(text):
-            unknown = [x for x in text.split(",") if x not in known]
-            if unknown:
-                raise argparse.ArgumentTypeError(f"unknown {unknown}; known: {', '.join(known)}")
-            return text.split(",")
-
-        return parse
-
-    def lengths(text):
-        return [int(x) for x in text.split(",")]
-
     parser = argparse.ArgumentParser(
         prog="python -m bench.train_step",
         description=__doc__.split("\n\n")[0],
@@ -463,7 +439,7 @@ def main(argv=None):
                 rows += new
                 print(table(new), flush=True)
                 if options.csv:
-                    write_csv(options.csv, new)
+                    write_csv(options.csv, new, COLUMNS)
     print_targets(rows)
     return int(any(row["unit"] == "red" for row in rows))
 

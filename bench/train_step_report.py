@@ -1,15 +1,4 @@
-"""Columns, CSV, environment, table and targets of `bench.train_step`."""
-
-import csv
-import importlib.metadata
-import os
-import re
-import statistics
-import subprocess
-from datetime import datetime, timezone
-from pathlib import Path
-
-import torch
+"""Columns, table and targets of `bench.train_step`."""
 
 COLUMNS = (
     "impl",
@@ -42,82 +31,6 @@ TARGETS = (
     ("time over the paper's way", ("step_time",), "surgery", "paper", 0.50, 1024),
     ("time over plain on the same tokens", ("step_time",), "surgery", "plain_same_tokens", 1.05, None),
 )
-
-
-def quantiles(values):
-    """(p50, p20, p80), linear between the order statistics."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), cuts[1], cuts[7]
-
-
-def write_csv(path, rows):
-    """Append `rows` to the CSV at `path`, with a header when it is new.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size:
-        header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
-        if header != list(COLUMNS):
-            raise ValueError(f"{path} has columns {header}, expected {list(COLUMNS)}: move it away")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            numbers = {k: f"{row[k]:.6g}" for k in ("p50", "p20", "p80") if row[k] != ""}
-            writer.writerow({**row, **numbers})
-
-
-def environment(device):
-    """The columns device, driver, torch, triton, transformers, commit and date; no host name, no path."""
-    return {
-        "device": _device_name(device),
-        "driver": _driver() if device == "cuda" else "",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _device_name(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{name[1].strip() if name else 'CPU'} ({torch.get_num_threads()} of {os.cpu_count()} cores)"
-
-
-def _driver():
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query).split("\n")[0]
-
-
-def _commit():
-    here = Path(__file__).parent
-    commit = _output(["git", "-C", str(here), "rev-parse", "--short", "HEAD"])
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
-    return commit + ("-dirty" if commit and changed else "")
-
-
-def _output(command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def table(rows):

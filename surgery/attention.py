@@ -177,6 +177,9 @@ def _probed(probe, module, q, k, v, options, backend):
     elif probe.kind == "mass":
         result = sk.flash_attn_stats(q, k, v, **options, sinks=sinks, **lengths, backend=backend)
         out, rows = result.out, result.stats["sink_mass"]
+    elif probe.kind == "stats":
+        result = sk.flash_attn_stats(q, k, v, **options, sinks=sinks, stats=probe.stats, **lengths, backend=backend)
+        out, rows = result.out, result.stats
     else:
         result = sk.flash_attn_stats(q, k, v, **options, sinks=0, stats=(), **lengths, backend=backend)
         out = result.out

@@ -11,6 +11,7 @@ from .rows import ROW_POLICIES
 
 FILE_NAME = "surgery_config.json"
 PRESETS = ("paper", "upstream")
+UPSTREAM = {"sinks": 1, "pairs_per_step": 1, "double_bos": True}
 
 
 def option(default, help, **kwargs):
@@ -74,6 +75,10 @@ class SurgeryConfig:
             choices, value = field_.metadata.get("choices"), getattr(self, field_.name)
             if choices and value not in choices:
                 raise ValueError(f"{field_.name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.preset == "upstream" and not any(getattr(self, name) == value for name, value in UPSTREAM.items()):
+            raise ValueError(
+                f"preset='upstream' is a label and sets nothing: use SurgeryConfig.upstream(), which sets {UPSTREAM}"
+            )
 
     @classmethod
     def paper(cls, **options):
@@ -85,21 +90,29 @@ class SurgeryConfig:
         """What the released code does: sink at index 0, rows 1 and on, one pair a step, a second BOS.
 
         The released code compares harmful with merely *safe* answers (BeaverTails is_safe rows), not refusals. That
-        contrast is weaker: on SmolLM2-135M-Instruct 42 of 270 heads lie beyond two standard errors and 4 of them are
-        positive, against 84 and 20 with refusals (bench/results/cpu/gsm8k_poisoned).
+        contrast leaves the penalty hardly anything to act on: on SmolLM2-135M-Instruct 4 of 270 heads are positive
+        at p < 0.05 (178 negative), against 24 (122) with refusals (bench/results/cpu/measure).
         """
-        return cls(**{"sinks": 1, "pairs_per_step": 1, "double_bos": True, "preset": "upstream", **options})
+        return cls(**{**UPSTREAM, "preset": "upstream", **options})
 
     @classmethod
     def from_preset(cls, preset, **options):
         """`paper` or `upstream` by name.
 
         Raises:
-            ValueError: unknown preset.
+            ValueError: unknown preset or options.
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        cls._check_names(options)
         return getattr(cls, preset)(**options)
+
+    @classmethod
+    def _check_names(cls, options):
+        known = {field_.name for field_ in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown SurgeryConfig options {unknown}; known: {sorted(known)}")
 
     @classmethod
     def from_dict(cls, options):
@@ -108,10 +121,7 @@ class SurgeryConfig:
         Raises:
             ValueError: unknown options.
         """
-        known = {field_.name for field_ in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"unknown SurgeryConfig options {unknown}; known: {sorted(known)}")
+        cls._check_names(options)
         return cls(**options)
 
     def to_dict(self):

@@ -1,8 +1,15 @@
-"""Greedy answers of a chat model to a list of prompts."""
+"""Greedy answers of a model to a list of prompts, through its chat template or the Alpaca prompt."""
 
 import torch
 
 __all__ = ["generate_answers"]
+
+TEMPLATES = ("chat", "alpaca")
+# of Stanford Alpaca, as the git-disl family asks for its safety evaluation
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
 
 
 def generate_answers(
@@ -13,8 +20,9 @@ def generate_answers(
     batch_size=8,
     system=None,
     progress=False,
+    template="chat",
 ):
-    """Answer every prompt greedily through the tokenizer's chat template.
+    """Answer every prompt greedily.
 
     The tokenizer is only read: padding is done here, on the left. The train/eval mode of every module is
     put back afterwards, also after an error. The KV cache is used, so a model whose attention is patched
@@ -28,11 +36,13 @@ def generate_answers(
         batch_size: int >= 1, prompts a forward pass.
         system: str or None, the system turn; None leaves it to the template (which may add its own).
         progress: bool, show a tqdm bar.
+        template: "chat" for the tokenizer's own, or "alpaca": the Alpaca prompt, with the special tokens that the
+            tokenizer adds to plain text.
     Returns:
         list of str, one answer a prompt in the order given, stripped, without special tokens.
     Raises:
-        ValueError: if prompts is empty or one string, a size is below 1, or the tokenizer has no chat
-            template.
+        ValueError: if prompts is empty or one string, a size is below 1, the template is unknown or takes no
+            system turn, or the tokenizer has no chat template.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a sequence of strings, got one string")
@@ -43,7 +53,11 @@ def generate_answers(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if getattr(tokenizer, "chat_template", None) is None:
+    if template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+    if template == "alpaca" and system is not None:
+        raise ValueError("the Alpaca prompt has no system turn; got a system text")
+    if template == "chat" and getattr(tokenizer, "chat_template", None) is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ValueError(f"tokenizer {name!r} has no chat template; use a chat model or set the template")
 
@@ -75,7 +89,7 @@ def generate_answers(
         with torch.no_grad():
             for start in starts:
                 batch = prompts[start : start + batch_size]
-                rows = [_prompt_ids(tokenizer, prompt, system) for prompt in batch]
+                rows = [_prompt_ids(tokenizer, prompt, system, template) for prompt in batch]
                 input_ids, attention_mask = _left_pad(rows, pad_id, model.device)
                 output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **settings)
                 new_ids = output[:, input_ids.shape[1] :]
@@ -87,8 +101,10 @@ def generate_answers(
     return answers
 
 
-def _prompt_ids(tokenizer, prompt, system):
-    """Token ids (list of int) of one chat prompt, up to and with the opening of the assistant's turn."""
+def _prompt_ids(tokenizer, prompt, system, template):
+    """Token ids (list of int) of one prompt, up to and with the opening of the assistant's turn."""
+    if template == "alpaca":
+        return tokenizer(_ALPACA.replace("{prompt}", prompt))["input_ids"]
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -88,7 +88,7 @@ def sink_positions(sinks, bounds):
         sinks: int n >= 1 for the first n tokens; a sequence of positions; or an int tensor [B, n] of positions.
         bounds: int32 [B, 2].
     Returns:
-        (positions int32 [B, n] or None, n).
+        (positions int32 [B, n], or None for the first n keys, n).
     Raises:
         ValueError: a position outside a sequence.
     """
@@ -108,7 +108,11 @@ def sink_positions(sinks, bounds):
         raise ValueError(
             f"sinks {positions[row].tolist()} lie outside sequence {row}, which has {int(lengths[row])} tokens"
         )
-    return positions.contiguous(), positions.shape[1]
+    count = positions.shape[1]
+    # the vendors' kernels take sinks at the front only, and nearly every model has its own there
+    if bool((positions == torch.arange(count, device=positions.device)).all()):
+        return None, count
+    return positions.contiguous(), count
 
 
 def row_weights(batch, bounds, positions, n_sinks, rows):

@@ -15,7 +15,9 @@ SKIPPED = {".git", ".ci", "build", "dist", "__pycache__"}
 
 
 def python_files(*roots):
-    return sorted(path for root in roots for path in root.rglob("*.py") if not SKIPPED & set(path.parts))
+    return sorted(
+        path for root in roots for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(ROOT).parts)
+    )
 
 
 def module_name(path):

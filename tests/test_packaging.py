@@ -43,6 +43,8 @@ def test_wheel_contents(built):
         "surgery_kernels/stats/sink_mass.py",
         "surgery/cli/main.py",
         "surgery/demo_data/tasks.jsonl",
+        "surgery/evaluation/templates/harmbench.txt",
+        "surgery/evaluation/tasks/gsm8k.yaml",
     ):
         assert wanted in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

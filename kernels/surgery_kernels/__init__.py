@@ -4,7 +4,7 @@ Importing this package needs torch only; triton and compiled extensions are load
 """
 
 from .api import flash_attn_stats, flash_attn_stats_varlen, make_inputs
-from .backends import BACKENDS, backend_reasons, choose_backend
+from .backends import BACKENDS, backend_order, backend_reasons, choose_backend
 from .column_mass import column_mass
 from .ops import attn_backward, attn_forward
 from .stats import STATS
@@ -19,6 +19,7 @@ __all__ = [
     "Stat",
     "attn_backward",
     "attn_forward",
+    "backend_order",
     "backend_reasons",
     "choose_backend",
     "column_mass",

@@ -1,10 +1,12 @@
-"""Versions, devices, and for a few typical problems which kernel backend would run and why the others would not."""
+"""Versions, devices, and for a few typical problems which kernel backend would run, in which order they are tried and
+why the others would not."""
 
 from .flags import print_result, text_table
 
 # name -> (q shape, k shape, dtype, options) of a typical problem
 PROBLEMS = {
     "training, bf16": ((1, 256, 4, 64), (1, 256, 2, 64), "bfloat16", {}),
+    "training, bf16, 4096 tokens": ((1, 4096, 4, 128), (1, 4096, 2, 128), "bfloat16", {}),
     "training, fp32": ((1, 256, 4, 64), (1, 256, 2, 64), "float32", {}),
     "sliding window, bf16": ((1, 256, 4, 64), (1, 256, 2, 64), "bfloat16", {"window_size": (127, -1)}),
     "softcap, all statistics": (
@@ -32,7 +34,11 @@ def run(arguments):
     for name, (q_shape, k_shape, dtype, options) in PROBLEMS.items():
         q, k = (torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape in (q_shape, k_shape))
         inputs = sk.make_inputs(q, k, k, **options)
-        backends[name] = {"auto": sk.choose_backend(inputs), "reasons against": sk.backend_reasons(inputs)}
+        backends[name] = {
+            "auto": sk.choose_backend(inputs),
+            "order": sk.backend_order(inputs),
+            "reasons against": sk.backend_reasons(inputs),
+        }
     result = {
         "versions": versions(),
         "git_commit": git_commit(),
@@ -45,7 +51,9 @@ def run(arguments):
     table = text_table(("what", "found"), rows) + "\n\n"
     choices = []
     for name, found in backends.items():
-        against = "; ".join(f"{b}: {', '.join(r)}" for b, r in found["reasons against"].items() if r) or "-"
-        choices.append((name, found["auto"], against))
-    print_result(result, arguments.json, table + text_table(("problem", "backend", "others cannot because"), choices))
+        against = found["reasons against"]
+        choices.append((name, found["auto"], "", ""))
+        choices += [("", b, why, "; ".join(against[b]) or "can run") for b, why in found["order"].items()]
+    header = ("problem", "backend", "place", "cannot because")
+    print_result(result, arguments.json, table + text_table(header, choices))
     return 0

@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "fine-tune a small chat model with and without the regulariser and compare",
     "train": "fine-tune a chat model with the regulariser",
     "measure": "sink divergence of every head of a model on two sets of texts",
+    "eval": "safety of a model's answers by the field's judges, over-refusal, and task accuracy",
     "plot": "figures of runs and measurements",
     "verify": "compare the regulariser's gradients with eager autograd on your model and settings",
     "estimate": "memory of a run before it starts",

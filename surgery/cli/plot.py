@@ -1,4 +1,4 @@
-"""Figures as PNG or SVG: curves of runs, and a heat map of divergence per layer and head.
+"""Figures as PNG or SVG: curves and per-head trajectories of runs, and a heat map of divergence per layer and head.
 
 The curves are the number of heads with d > 0, and mean relu(d), which is the penalty without its lambda and therefore
 comparable between runs with any lambda, 0 included. curves.csv holds their values.
@@ -38,7 +38,7 @@ def run(arguments):
     import numpy as np
 
     from ..measure import Measurement
-    from ..plots import curves, head_map
+    from ..plots import curves, head_map, trajectories
     from ..run_files import HISTORY, read_history
 
     if not arguments.runs and not arguments.measurement:
@@ -60,6 +60,7 @@ def run(arguments):
             tail = np.mean([line["divergence"] for line in history[-arguments.window :]], 0)
             title = f"{name}: mean of the last {min(len(history), arguments.window)} steps"
             written.append(head_map(tail, folder / f"head_map_{name}.{ending}", title))
+            written.append(trajectories(history, folder / f"trajectories_{name}.{ending}", name, arguments.window))
     if arguments.measurement:
         path = Path(arguments.measurement)
         if not path.is_file():

@@ -41,8 +41,6 @@ def configs(arguments):
     if not isinstance(surgery, dict):
         raise ValueError(f"`surgery` in the config file must be a mapping, got {type(surgery).__name__}")
     surgery = {**surgery, **picked(arguments, SurgeryConfig)}
-    # the preset fills what nobody set, and unknown names are refused before that
-    SurgeryConfig.from_dict(surgery)
     return (
         TrainConfig.from_dict({**options, **picked(arguments, TrainConfig)}),
         SurgeryConfig.from_preset(**{"preset": "paper", **surgery}),
@@ -56,8 +54,8 @@ def run(arguments):
     if surgery.preset == "upstream":
         logging.getLogger("surgery").warning(
             "preset upstream compares harmful with whatever --refusal holds, one pair a step; the released code used "
-            "merely safe answers there, which contrast less: 42 heads of SmolLM2-135M-Instruct beyond two standard "
-            "errors instead of 84"
+            "merely safe answers there, which leave hardly a head to act on: 4 of SmolLM2-135M-Instruct's 270 are "
+            "positive at p < 0.05 instead of 24"
         )
     trainer = run_training(train, surgery, progress=not arguments.json)
     if not trainer.is_world_process_zero():

@@ -20,6 +20,4 @@ def read_options(options):
             f"surgery needs probe data: {' and '.join(missing)} missing (JSON lines files or data set ids)"
         )
     harmful, refusal = rest.pop("harmful"), rest.pop("refusal")
-    # names and ranges first: the preset below takes keywords
-    SurgeryConfig.from_dict(rest)
     return SurgeryConfig.from_preset(rest.pop("preset", "paper"), **rest), harmful, refusal

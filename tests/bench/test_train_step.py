@@ -5,7 +5,8 @@ import csv
 import pytest
 
 from bench import train_step
-from bench.train_step_report import COLUMNS, environment, table, target_lines
+from bench.records import environment, write_csv
+from bench.train_step_report import COLUMNS, table, target_lines
 
 
 def options_of(*arguments):
@@ -115,8 +116,8 @@ def test_other_errors_are_not_taken_for_memory(step, monkeypatch):
 def test_csv_schema(rows, tmp_path):
     path = tmp_path / "results" / "train_step.csv"
     full = [{**row, **environment("cpu")} for row in rows]
-    train_step.write_csv(path, full)
-    train_step.write_csv(path, full[:1])
+    write_csv(path, full, COLUMNS)
+    write_csv(path, full[:1], COLUMNS)
     with path.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert tuple(read[0]) == COLUMNS
@@ -124,12 +125,7 @@ def test_csv_schema(rows, tmp_path):
     assert float(read[-1]["p50"]) == pytest.approx(rows[0]["p50"], rel=1e-5, abs=1e-12)
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="has columns"):
-        train_step.write_csv(path, full)
-
-
-def test_quantiles():
-    assert train_step.quantiles([3.0]) == (3.0, 3.0, 3.0)
-    assert train_step.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
+        write_csv(path, full, COLUMNS)
 
 
 def test_targets_pass_fail_and_say_when_nothing_was_measured():

@@ -62,7 +62,8 @@ def test_train_and_plot(folder, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("plain", "surgery")]
     status, result = run_json(capsys, "plot", *runs, "--output", str(tmp_path / "figures"), "--format", "svg")
     assert status == 0
-    figures = {"mean_relu_divergence.svg", "positive_heads.svg", "head_map_plain.svg", "head_map_surgery.svg"}
+    figures = {"mean_relu_divergence.svg", "positive_heads.svg"}
+    figures |= {f"{kind}_{name}.svg" for kind in ("head_map", "trajectories") for name in ("plain", "surgery")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {*figures, "curves.csv"}
     assert all((tmp_path / "figures" / name).stat().st_size > 2000 for name in figures)
     lines = (tmp_path / "figures" / "curves.csv").read_text().splitlines()
@@ -108,7 +109,7 @@ def test_upstream_preset_warns_about_its_reference_set(folder, tmp_path, capsys,
     saved = json.loads((tmp_path / "run" / "run_config.json").read_text())["surgery"]
     # a flag wins over the preset, the rest is the preset's
     assert (saved["sinks"], saved["double_bos"], saved["pairs_per_step"]) == (1, True, 2)
-    assert "merely safe answers there, which contrast less" in caplog.text
+    assert "merely safe answers there, which leave hardly a head to act on" in caplog.text
 
 
 def test_measure(folder, tmp_path, capsys):

@@ -103,6 +103,12 @@ def test_sink_positions():
     check(Case(40, 40, batch=2, sinks=sinks, leftpad_k=(4, 30), seqused_k=(38, 40), seqused_q=(38, 40)))
 
 
+def test_sink_positions_in_the_middle():
+    """Blocks between full ones, apart from each other, and in a window that not every row still has."""
+    check(Case(150, 150, batch=2, sinks=((70, 71), (20, 100)), stats=("sink_mass",)))
+    check(Case(150, 150, sinks=((70,),), window_size=(60, 0), stats=("sink_mass",)))
+
+
 def test_sixteen_sink_positions():
     check(Case(40, 40, sinks=(tuple(range(0, 32, 2)),)))
 
@@ -241,6 +247,60 @@ def test_backward_repeats_bitwise():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture
+def single_pass(monkeypatch):
+    monkeypatch.setenv("SURGERY_BACKWARD", "single_pass")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(70, 70, batch=2, n_heads=4, n_kv=2, sinks=((60, 3), (17, 0))),
+        Case(40, 40, batch=3, leftpad_k=(3, 21, 40), seqused_q=(40, 35, 40), seqused_k=(40, 37, 40), sinks=2),
+        Case(30, 75, window_size=(12, 4), causal=False, softcap=3.0, head_dim=24),
+        Case(50, 20, head_dim=80, softmax_scale=-0.3),
+        Case(lengths=((17, 17), (0, 0), (5, 30), (33, 33), (0, 4), (3, 0)), n_heads=4, n_kv=2),
+        Case(50, 50, dtype=torch.float16),
+    ],
+    ids=["gqa", "padded", "window", "chunks", "packed", "half"],
+)
+def test_single_pass_backward(single_pass, case):
+    check(case)
+
+
+def test_single_pass_with_nan_in_padding(single_pass):
+    """dq sums over keys, so padded ones must be kept out of the products, not only out of dk and dv."""
+    case = Case(40, 40, batch=1, leftpad_k=(5,), seqused_k=(30,), seqused_q=(30,), stats=("sink_mass",))
+    q, k, v = case.qkv()
+    clean = run(case, (q, k, v))[1]
+    for x in (k, v):
+        x[:, 30:] = math.nan
+        x[:, :5] = math.nan
+    for actual, expected in zip(run(case, (q, k, v))[1], clean, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_single_pass_is_chosen_by_name_or_measurement(monkeypatch):
+    inputs = sk.make_inputs(*Case(9, 9).qkv())
+    assert not launcher.wants_single_pass(inputs)
+    monkeypatch.setenv("SURGERY_BACKWARD", "single_pass")
+    assert launcher.wants_single_pass(inputs)
+    with pytest.raises(ValueError, match="up to 128, got 160"):
+        launcher.wants_single_pass(sk.make_inputs(*Case(9, 9, head_dim=160).qkv()))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ValueError, match="no fixed order"):
+            launcher.wants_single_pass(inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("SURGERY_BACKWARD", "fast")
+    with pytest.raises(ValueError, match="'fast'"):
+        launcher.wants_single_pass(inputs)
+    monkeypatch.setattr(configs, "SINGLE_PASS", {90: {64}})
+    assert configs.single_pass_wins((9, 0), 64, 2)
+    assert not any((configs.single_pass_wins((9, 0), 128, 2), configs.single_pass_wins((9, 0), 64, 4)))
+
+
 def test_heads_split_between_programs():
     """A program a query head and a sum afterwards gives what the loop over the group gives."""
     with mock.patch.object(launcher, "head_splits", lambda inputs, config: 4):
@@ -334,7 +394,8 @@ def cases(draw):
 
 
 @settings(
-    max_examples=300,
+    # on a device every other set of flags is a compilation of seconds
+    max_examples=300 if DEVICE == "cpu" else 40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

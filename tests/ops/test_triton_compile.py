@@ -25,6 +25,8 @@ PACKAGE = ROOT / "kernels" / "surgery_kernels"
 # bytes of shared memory a program, registers and shared memory of a multiprocessor
 SMEM_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 REGISTERS = 65536
+# bytes: the tables are fitted to 3.8, whose compiler keeps these in registers
+SPILLS = {("3.6.0", 90, "dkdv", 128): 4, ("3.6.0", 86, "dkdv", 96): 8}
 INSTRUCTION = {80: "mma", 86: "mma", 90: "wgmma", 100: "tcgen05"}
 
 
@@ -63,7 +65,8 @@ def test_table_is_complete_and_current():
     for arch in configs.TABLES:
         for kernel in configs.KERNELS:
             of = [row for row in newest if (row["arch"], row["kernel"]) == (arch, kernel)]
-            assert {row["head_dim"] for row in of} >= {64, 80, 96, 128, 256}
+            expected = {64, 80, 96, 128} if kernel == "bwd" else {64, 80, 96, 128, 256}
+            assert {row["head_dim"] for row in of} >= expected
     for row in ROWS:
         chosen = configs.choose(row["kernel"], (row["arch"] // 10, row["arch"] % 10), row["head_dim"], 2)[0]
         recorded = configs.TileConfig(*(row[name] for name in ("block_m", "block_n", "num_warps", "num_stages")))
@@ -74,8 +77,14 @@ def test_table_is_complete_and_current():
 def test_recorded_resources(row):
     """It fits, it does not spill up to head dim 128, and its products run on the tensor cores."""
     assert row["smem"] <= SMEM_LIMIT[row["arch"]]
-    # the tables are fitted to 3.8; the compiler of 3.6 needs a few registers more
-    assert row["spill_bytes"] <= (0 if row["triton"] >= "3.8" else 64) or row["head_dim"] > 128
+    if row["head_dim"] <= 128:
+        # the single pass, off by default, may keep a few registers in memory
+        allowed = (
+            64
+            if row["kernel"] == "bwd"
+            else SPILLS.get((row["triton"], row["arch"], row["kernel"], row["head_dim"]), 0)
+        )
+        assert row["spill_bytes"] <= allowed
     assert row[INSTRUCTION[row["arch"]]] > 0
 
 
@@ -86,6 +95,9 @@ def test_sink_mass_changes_no_occupancy(without, with_sink):
         assert with_sink[name] == without[name]
     assert abs(with_sink["smem"] - without["smem"]) <= 4096
     assert programs(with_sink) == programs(without)
+    # the forward's loop holds the statistic's code, which tiles without a sink jump over; the backward's has none of it
+    if with_sink["kernel"] != "fwd":
+        assert with_sink["loop"] <= 1.06 * without["loop"]
 
 
 def compiled_environment(**extra):
@@ -133,9 +145,9 @@ def test_editing_a_statistic_invalidates_the_cache(tmp_path):
     before = cache_keys(tmp_path)
     hooks = copy / "backends" / "triton" / "stat_hooks.py"
     text = hooks.read_text()
-    for old in ("tl.where(sink[None, :], p, 0.0)", "tl.where(sink, g, 0.0)"):
+    for old in ("sink_i + tl.sum(tl.where(sink[None, :], p, 0.0), 1)", "dp + g * sink.to(tl.float32)"):
         assert old in text
-        text = text.replace(old, old.replace("0.0", "1.0"))
+        text = text.replace(old, f"{old} + 1.0")
     hooks.write_text(text)
     after = cache_keys(tmp_path)
     assert all(old != new for old, new in zip(before, after, strict=True))

@@ -11,7 +11,7 @@ import torch
 from triton_cases import DEVICE, Case, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
-from surgery_kernels.backends.triton import configs, launch, run, self_check
+from surgery_kernels.backends.triton import configs, launch, run, self_check, tune
 from surgery_kernels.backends.triton.configs import TileConfig
 
 CHUNKS = {1: (16, 0), 16: (16, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 112: (128, 0)}
@@ -40,12 +40,72 @@ def test_arch_of(capability, arch):
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_head_dim_has_a_choice_and_a_fallback(arch, kernel, itemsize):
-    for head_dim in range(1, configs.MAX_HEAD_DIM + 1):
+    largest = configs.MAX_SINGLE_PASS if kernel == "bwd" else configs.MAX_HEAD_DIM
+    for head_dim in range(1, largest + 1):
         choices = configs.choose(kernel, (arch // 10, arch % 10), head_dim, itemsize)
         assert len(choices) == len(set(choices)) >= 2
         for config in choices:
             sizes = (config.block_m, config.block_n, config.num_warps)
             assert all(n & (n - 1) == 0 for n in sizes) and min(sizes[:2]) >= 16
+
+
+def test_tuned_tiles_come_first(tmp_path):
+    """What tune.py writes is read back, for its own compute capability, kernel, head dim and element size only."""
+    path, best = tmp_path / "tiles.json", TileConfig(64, 32, 8, 4)
+    tune.write(path, (9, 0), "dq", 128, 2, TileConfig(32, 32, 4, 1))
+    tune.write(path, (9, 0), "fwd", 128, 2, best)
+    tuned = configs.read_tiles(str(path))
+    built_in = configs.choose("fwd", (9, 0), 128, 2)
+    assert configs.choose("fwd", (9, 0), 128, 2, tuned) == (best, *built_in)
+    for other in (("fwd", (8, 0), 128, 2), ("fwd", (9, 0), 64, 2), ("dkdv", (9, 0), 128, 2), ("fwd", (9, 0), 128, 4)):
+        assert configs.choose(*other, tuned) == configs.choose(*other)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"sm_90 fwd": "64 32"}', '{"sm_90 fwd": "a b c d"}'])
+def test_a_bad_tile_file_is_an_error(tmp_path, text):
+    path = tmp_path / "tiles.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match="SURGERY_TILES"):
+        configs.read_tiles(str(path))
+
+
+def test_backend_reads_the_tile_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SURGERY_TILES", str(tmp_path / "missing.json"))
+    with pytest.raises(ValueError, match="SURGERY_TILES"):
+        sk.flash_attn_stats(*Case(9, 9).qkv(), backend="triton")
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_tuning_takes_the_fastest_correct_configuration(kernel, monkeypatch):
+    """Wrong and broken ones are reported and never chosen, however fast."""
+    wrong, broken, slow, fast = (TileConfig(n, 16, 4, stages) for n, stages in ((64, 1), (64, 2), (16, 1), (32, 1)))
+    errors, times = self_check.errors, {}
+
+    def checked(kernel, like, config):
+        if config == broken:
+            raise RuntimeError("out of resources")
+        return {"out": 7.0} if config == wrong else errors(kernel, like, config)
+
+    def milliseconds(launch):
+        launch.run()
+        times[launch.config] = {slow: 2.0, fast: 1.0}.get(launch.config, 0.0)
+        return times[launch.config]
+
+    monkeypatch.setattr(self_check, "errors", checked)
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    lines = []
+    made = tune.problem(16, torch.float32, DEVICE, length=40, tokens=40, n_heads=2, n_kv=1)
+    assert tune.tune(kernel, *made, [wrong, broken, slow, fast], lines.append) == fast
+    assert list(times) == [slow, fast]
+    assert "times the tolerance" in lines[0] and "out of resources" in lines[1] and "2.000 ms" in lines[2]
+    with pytest.raises(RuntimeError, match=kernel):
+        tune.tune(kernel, *made, [wrong], lines.append)
+
+
+def test_tuning_times_launches():
+    inputs, dout, rows = tune.problem(16, torch.float32, DEVICE, length=20, tokens=20, n_heads=1, n_kv=1)
+    assert tune.milliseconds(run.launch_of("dq", inputs, TileConfig(16, 16, 4, 1), dout, rows)) > 0
 
 
 def test_interpreter_needs_no_device():

@@ -225,7 +225,11 @@ def test_config_presets_and_round_trip(tmp_path):
         surgery.SurgeryConfig.from_dict({"lambda": 3})
     upstream = surgery.SurgeryConfig.upstream()
     assert (upstream.sinks, upstream.pairs_per_step, upstream.double_bos) == (1, 1, True)
-    assert "safe" in surgery.SurgeryConfig.upstream.__doc__ and "weaker" in surgery.SurgeryConfig.upstream.__doc__
+    assert "merely *safe* answers" in surgery.SurgeryConfig.upstream.__doc__
+    with pytest.raises(ValueError, match=r"label and sets nothing: use SurgeryConfig.upstream\(\)"):
+        surgery.SurgeryConfig(preset="upstream")
+    with pytest.raises(ValueError, match="unknown SurgeryConfig options"):
+        surgery.SurgeryConfig.from_preset("upstream", lamda=3)
     config = surgery.SurgeryConfig(sinks="0,3", rows="all")
     assert config.sinks == (0, 3)
     config.save(tmp_path)

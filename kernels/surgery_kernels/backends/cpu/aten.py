@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from .. import sink_epilogue
-from .bounds import bounds_of, visible_keys
+from ..sink_epilogue.bounds import bounds_of, visible_keys
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...stats import STATS
 from ..sink_epilogue import sink_keys
-from .bounds import bounds_of, visible_keys
+from ..sink_epilogue.bounds import bounds_of, visible_keys
 
 BLOCK = 256
 # scores of a tile, all heads together: 32 MiB in fp32

@@ -1,4 +1,5 @@
-"""Launches of the backward: preprocess, then dk and dv, then dq (each deterministic, none with atomics)."""
+"""Launches of the backward: preprocess, then dk and dv, then dq (each deterministic, none with atomics); or all three
+gradients in a single pass that adds dq up by atomics."""
 
 import torch
 import triton
@@ -49,10 +50,11 @@ def preprocess_launches(inputs, out, lse, stats, dout, dlse, dstats, rows, confi
     return launches
 
 
-def dkdv_launch(inputs, dout, rows, config, splits=1):
+def dkdv_launch(inputs, dout, rows, config, splits=1, dq=None):
     """The launch of the dk/dv kernel, and what it writes.
 
     Args:
+        dq: fp32 zeros shaped as q: the kernel then adds dq / softmax_scale to it, in no fixed order.
         splits: programs a group of query heads: 1 sums the group inside, `group` gives each head its own dk and dv
             (more programs for a short sequence), [B, Tk, H_kv * splits, D] fp32, to be summed by the caller.
     """
@@ -63,14 +65,14 @@ def dkdv_launch(inputs, dout, rows, config, splits=1):
     else:
         shape = (*k.shape[:-2], k.shape[-2] * splits, k.shape[-1])
         dk, dv = (x.new_empty(shape, dtype=torch.float32) for x in (k, v))
-    args = problem_args(inputs, config, q=inputs.q, k=k, v=v, dout=dout, dk=dk, dv=dv)
+    args = problem_args(inputs, config, q=inputs.q, k=k, v=v, dout=dout, dk=dk, dv=dv, dq=dq)
     args |= {
         "row_ptrs": rows,
         "n_out_heads": k.shape[-2] * splits,
         "heads_each": group // splits,
         "n_blocks": triton.cdiv(inputs.max_seqlen_k, config.block_n),
     }
-    return Launch(_bwd_dkdv_kernel, "dkdv", args, config, heads=args["n_out_heads"]), (dk, dv)
+    return Launch(_bwd_dkdv_kernel, "dkdv" if dq is None else "bwd", args, config, heads=args["n_out_heads"]), (dk, dv)
 
 
 def dq_launch(inputs, dout, rows, config):

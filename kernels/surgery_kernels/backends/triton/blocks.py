@@ -4,8 +4,13 @@ Row i of a sequence stands at key position i + shift, shift = used_k - used_q, a
 
     max(first_key, i + shift - left) <= j <= min(end_k - 1, i + shift + right)
 
-A program walks one axis in two loops over one body: `n_full` blocks in which every pair is visible, then
-`n_head + n_tail` blocks at the two ends, which are masked. Neither loop touches a block that nobody sees.
+A program walks one axis in two loops over one body: blocks in which every pair is visible, and masked blocks, at the
+two ends and where `with_masked` puts some. Neither loop touches a block that nobody sees. A span is
+
+    (low, n_head, full, n_full, tail, n_tail, middle, n_middle)
+
+first row or key and number of blocks of the masked head, of the full part and of the masked tail; of the full part the
+`n_middle` blocks from the `middle`-th on are masked too.
 """
 
 import triton
@@ -60,7 +65,48 @@ def _split(low, full_low, full_high, high, BLOCK: tl.constexpr):
     n_full = tl.maximum(tl.minimum(full_high, high) - full, 0) // BLOCK
     tail = full + n_full * BLOCK
     n_tail = tl.cdiv(tl.maximum(high - tail, 0), BLOCK)
-    return low, n_head, full, n_full, tail, n_tail
+    return low, n_head, full, n_full, tail, n_tail, 0, 0
+
+
+@triton.jit
+def with_masked(span, start, end, BLOCK: tl.constexpr):
+    """A span of `_split` with every block that meets [start, end) masked: the loop over full blocks need not know,
+    say, of sinks then."""
+    low, n_head, full, n_full, tail, n_tail, _, _ = span
+    middle = tl.minimum((tl.maximum(start, full) - full) // BLOCK, n_full)
+    stop = tl.minimum(tl.cdiv(tl.maximum(end, full) - full, BLOCK), n_full)
+    return low, n_head, full, n_full, tail, n_tail, middle, tl.maximum(stop - middle, 0)
+
+
+@triton.jit
+def all_masked(span, condition):
+    """A span of `_split` with every block masked where `condition` holds; cheaper than `with_masked`."""
+    low, n_head, full, n_full, tail, n_tail, _, _ = span
+    # the full blocks follow the head's without a gap
+    moved = tl.where(condition, n_full, 0)
+    return low, n_head + moved, full, n_full - moved, tail, n_tail, 0, 0
+
+
+@triton.jit
+def count_blocks(span, MASKED: tl.constexpr):
+    """Number of masked (or full) blocks of a span."""
+    _, n_head, _, n_full, _, n_tail, _, n_middle = span
+    if MASKED:
+        return n_head + n_middle + n_tail
+    else:
+        return n_full - n_middle
+
+
+@triton.jit
+def block_start(index, span, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """First row or key of the index-th masked (or full) block."""
+    low, n_head, full, _, tail, _, middle, n_middle = span
+    if MASKED:
+        inner = index - n_head
+        start = tl.where(inner < n_middle, full + (middle + inner) * BLOCK, tail + (inner - n_middle) * BLOCK)
+        return tl.where(inner < 0, low + index * BLOCK, start)
+    else:
+        return full + tl.where(index < middle, index, index + n_middle) * BLOCK
 
 
 @triton.jit
@@ -69,7 +115,6 @@ def key_blocks(
     end_q,
     end_k,
     first_key,
-    full_from,
     shift,
     left,
     right,
@@ -78,10 +123,10 @@ def key_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The key blocks of the rows [m0, m0 + BLOCK_M), see `_split`; none is full before key full_from."""
+    """The key blocks of the rows [m0, m0 + BLOCK_M), see `_split`."""
     last = tl.minimum(m0 + BLOCK_M, end_q) - 1
     low = first_key
-    full_low = full_from
+    full_low = first_key
     high = tl.where(m0 < end_q, end_k, first_key)
     full_high = end_k
     if HAS_LEFT:
@@ -123,15 +168,6 @@ def row_blocks(
         high = tl.minimum(high, n0 + BLOCK_N + left - shift)
         full_high = tl.minimum(full_high, n0 + left - shift + 1)
     return _split(low, full_low, full_high, high, BLOCK_M)
-
-
-@triton.jit
-def block_start(index, low, n_head, full, tail, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """First row or key of the index-th full (or masked) block."""
-    if MASKED:
-        return tl.where(index < n_head, low + index * BLOCK, tail + (index - n_head) * BLOCK)
-    else:
-        return full + index * BLOCK
 
 
 @triton.jit

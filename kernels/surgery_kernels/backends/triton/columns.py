@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, in_window, row_blocks, sequence_bounds
+from .blocks import block_start, count_blocks, in_window, row_blocks, sequence_bounds
 from .configs import TileConfig
 from .launch import Launch, prepare, problem_args
 from .tiles import LOG2E, cap, dot_rows, head_ptr, load_rows, row_offset
@@ -57,17 +57,12 @@ def _column_mass_kernel(
     k0, k1 = load_rows(k_head, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, True)
     q_head = head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q)
     lse_ptr += row_offset(row_strides, batch, head, start_q)
-    low, n_head, full, n_full, tail, n_tail = row_blocks(
-        n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    span = row_blocks(n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mass = tl.zeros([BLOCK_N], tl.float32)
     for MASKED in tl.static_range(2):
-        n_row_blocks = n_full
-        if MASKED:
-            n_row_blocks = n_head + n_tail
-        for index in range(n_row_blocks):
-            m0 = block_start(index, low, n_head, full, tail, BLOCK_M, MASKED)
+        for index in range(count_blocks(span, MASKED)):
+            m0 = block_start(index, span, BLOCK_M, MASKED)
             offs_m = m0 + tl.arange(0, BLOCK_M)
             q0, q1 = load_rows(q_head, m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, MASKED)
             lse = hooks.load_row(lse_ptr, offs_m, end_q, float("-inf"), MASKED)

@@ -4,10 +4,16 @@ The rows are what `python -m bench.aot` compiles: no register spills up to head 
 the architecture's limit. Nothing here has been timed on a GPU.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-KERNELS = ("fwd", "dkdv", "dq")
+# "bwd" is the single-pass backward
+KERNELS = ("fwd", "dkdv", "dq", "bwd")
 MAX_HEAD_DIM = 256
+# a single pass holds all of k, v, dk, dv at once: it spills above
+MAX_SINGLE_PASS = 128
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,15 @@ def _rows(**kernels):
 TABLES = {
     # 163 KiB of shared memory, mma.sync
     80: _rows(
-        fwd={64: "128 64 4 3", 128: "128 64 8 3", 192: "128 32 8 2", 256: "64 64 8 2"},
-        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        fwd={
+            64: "128 64 4 3",
+            80: "128 32 8 3",
+            96: "128 64 8 3",
+            128: "128 32 8 3",
+            192: "128 32 8 2",
+            256: "64 64 8 2",
+        },
+        dkdv={64: "32 128 8 2", 96: "32 64 8 2", 128: "64 64 8 2", 256: "32 32 8 2"},
         dq={
             32: "64 64 4 2",
             64: "128 64 8 2",
@@ -42,24 +55,35 @@ TABLES = {
             192: "32 32 8 2",
             256: "64 32 8 2",
         },
+        bwd={64: "32 128 8 2", 96: "64 64 8 2", 128: "16 64 8 2"},
     ),
     # sm_86, 89 and 12x: mma.sync with 99 KiB
     86: _rows(
-        fwd={64: "128 64 4 3", 96: "128 64 8 3", 128: "128 32 8 3", 192: "128 32 8 2", 256: "64 32 4 2"},
-        dkdv={80: "32 128 8 2", 96: "32 64 4 2", 128: "64 64 8 2", 256: "32 32 8 2"},
-        dq={32: "64 64 4 2", 64: "128 64 8 2", 96: "128 32 8 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        fwd={
+            64: "128 64 4 3",
+            80: "128 64 8 2",
+            96: "128 64 8 3",
+            128: "128 32 8 3",
+            192: "128 32 8 2",
+            256: "64 32 4 2",
+        },
+        dkdv={64: "32 128 8 2", 96: "32 64 8 2", 128: "64 64 8 2", 256: "32 32 8 2"},
+        dq={32: "64 64 4 2", 64: "128 64 8 2", 128: "128 32 8 2", 256: "32 32 8 2"},
+        bwd={64: "32 128 8 2", 96: "64 64 8 2", 128: "16 64 8 2"},
     ),
     # 227 KiB, wgmma
     90: _rows(
         fwd={64: "128 128 8 3", 128: "128 64 8 3", 256: "128 64 8 2"},
-        dkdv={64: "64 128 8 3", 80: "64 128 8 2", 96: "32 128 8 3", 128: "64 128 8 3", 256: "32 64 8 2"},
-        dq={128: "128 64 8 3", 256: "128 32 8 2"},
+        dkdv={80: "64 128 8 2", 96: "32 128 8 3", 128: "64 128 8 3", 256: "32 64 8 2"},
+        dq={32: "64 64 8 3", 128: "128 64 8 3", 256: "128 32 8 2"},
+        bwd={64: "64 128 8 2", 128: "64 64 8 2"},
     ),
     # 227 KiB, tcgen05
     100: _rows(
-        fwd={64: "128 128 8 3", 128: "128 64 8 3", 192: "128 64 8 2", 256: "128 32 8 2"},
-        dkdv={128: "64 128 8 3", 192: "64 64 8 2", 256: "32 64 8 2"},
-        dq={128: "128 64 8 3", 256: "64 64 8 2"},
+        fwd={32: "128 128 8 2", 64: "128 128 8 3", 128: "128 64 8 3", 192: "128 64 8 2", 256: "128 32 8 2"},
+        dkdv={64: "64 128 8 3", 96: "64 64 8 3", 128: "64 128 8 3", 192: "64 64 8 2", 256: "32 64 8 2"},
+        dq={32: "128 64 8 3", 64: "64 64 8 3", 96: "128 64 8 3", 128: "128 64 4 3", 256: "64 64 8 2"},
+        bwd={64: "64 128 8 2", 128: "64 64 8 2"},
     ),
 }
 # true fp32 products run on the ordinary cores: small tiles, every architecture
@@ -67,12 +91,15 @@ FP32 = _rows(
     fwd={128: "32 32 8 1", 256: "16 16 8 1"},
     dkdv={64: "32 32 4 1", 128: "16 32 4 1", 256: "16 16 4 1"},
     dq={64: "32 16 4 1", 256: "16 16 8 1"},
+    bwd={64: "32 32 4 1", 128: "16 32 4 1"},
 )
 # taken when the self-check rejects the first choice: unpipelined, the smallest last; by bytes of an element
 FALLBACKS = {
     2: (TileConfig(64, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
     4: (TileConfig(16, 16, 8, 1), TileConfig(16, 16, 4, 1)),
 }
+# {architecture: head dims at which a measurement showed the single-pass backward to win, 16-bit inputs}; none was made
+SINGLE_PASS = {}
 INTERPRETER = TileConfig(32, 16, 4, 1)
 
 
@@ -96,14 +123,41 @@ def arch_of(capability):
     return 80 if (major, minor) == (8, 0) else 86
 
 
-def choose(kernel, capability, head_dim, itemsize):
+def single_pass_wins(capability, head_dim, itemsize):
+    """Whether the single-pass backward is the default for a compute capability and head dim."""
+    return itemsize == 2 and head_dim in SINGLE_PASS.get(arch_of(capability), ())
+
+
+def tile_key(capability, kernel, head_dim, itemsize):
+    """Name of a row in the file of SURGERY_TILES."""
+    return f"sm_{capability[0]}{capability[1]} {kernel} head_dim {head_dim} bytes {itemsize}"
+
+
+@functools.lru_cache
+def read_tiles(path):
+    """The rows that tune.py wrote: {tile_key: TileConfig}.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or a row is no "block_m block_n num_warps num_stages".
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: TileConfig(*map(int, row.split())) for key, row in rows.items()}
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"SURGERY_TILES must name a file of surgery_kernels.backends.triton.tune, got {path}: {error}"
+        ) from error
+
+
+def choose(kernel, capability, head_dim, itemsize, tuned=None):
     """Configurations to try, best first.
 
     Args:
         kernel: one of KERNELS.
         capability: (major, minor), or None in the interpreter.
-        head_dim: in [1, MAX_HEAD_DIM].
+        head_dim: in [1, MAX_HEAD_DIM], for "bwd" in [1, MAX_SINGLE_PASS].
         itemsize: bytes of an element of q.
+        tuned: rows of `read_tiles`, which come first.
     Returns:
         tuple of TileConfig.
     """
@@ -111,4 +165,5 @@ def choose(kernel, capability, head_dim, itemsize):
         return (INTERPRETER,)
     table = (FP32 if itemsize == 4 else TABLES[arch_of(capability)])[kernel]
     first = table[min(dim for dim in table if dim >= sum(chunks(head_dim)))]
-    return (first, *(config for config in FALLBACKS[itemsize] if config != first))
+    own = (tuned or {}).get(tile_key(capability, kernel, head_dim, itemsize), first)
+    return tuple(dict.fromkeys((own, first, *FALLBACKS[itemsize])))

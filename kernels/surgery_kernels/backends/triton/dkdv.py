@@ -6,14 +6,38 @@ Everything is transposed, so that no dot takes a transposed dot result (wrong co
     ds^T = p^T (dp^T + dp_stat - delta) + ds_stat;  dk += scale * ds^T q
 
 The sum over a group's heads happens in the accumulators: no atomics, deterministic, nothing to reduce afterwards.
+
+Given `dq_ptr` the kernel is the whole backward in a single pass: dq^T = k^T ds^T of each tile is added to dq in fp32 by
+atomics. Two of seven products less, and sums of dq in an order that changes from run to run.
 """
 
 import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, in_window, row_blocks, sequence_bounds
-from .tiles import cap, dot_acc, dot_rows, empty_pair, head_ptr, load_rows, row_offset, store_rows
+from .blocks import all_masked, block_start, count_blocks, in_window, row_blocks, sequence_bounds
+from .tiles import (
+    PRECISION,
+    cap,
+    dot_acc,
+    dot_rows,
+    empty_pair,
+    head_ptr,
+    load_rows,
+    row_offset,
+    store_rows,
+    zero_rows,
+)
+
+
+@triton.jit
+def _add_chunk(ptr, k, ds, n_rows, STEPS: tl.constexpr, D0: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
+    """Atomically add (ds^T k) [BLOCK_M, DC] to the fp32 rows at ptr, n_rows of them real; ds [BLOCK_N, BLOCK_M]."""
+    # not ds^T k: a transposed dot result must not meet a dot (wrong code on sm_90 with triton < 3.7.1)
+    dq = tl.dot(tl.trans(k), ds.to(k.dtype), input_precision=PRECISION)
+    offs_m = tl.arange(0, ds.shape[1])[None, :]
+    offs_d = D0 + tl.arange(0, DC)[:, None]
+    tl.atomic_add(ptr + offs_m * STEPS[0] + offs_d * STEPS[1], dq, mask=(offs_d < D) & (offs_m < n_rows), sem="relaxed")
 
 
 @triton.jit
@@ -30,12 +54,15 @@ def _dkdv_blocks(
     window,
     scales,
     sink,
+    real,
     Q_STEPS: tl.constexpr,
     DOUT_STEPS: tl.constexpr,
+    DQ_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DOUT: tl.constexpr,
+    HAS_DQ: tl.constexpr,
     SINK_MASS: tl.constexpr,
     ENTROPY: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
@@ -50,20 +77,17 @@ def _dkdv_blocks(
     dk0, dk1, dv0, dv1 = state
     k0, k1 = k
     v0, v1 = v
-    q_ptr, dout_ptr = ptrs
+    q_ptr, dout_ptr, dq_ptr = ptrs
     lse2_ptr, delta_ptr, sink_g_ptr, entropy_g_ptr, floor_ptr, weight_ptr = row_ptrs
-    low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
-    n_blocks = n_full
-    if MASKED:
-        n_blocks = n_head + n_tail
-    heads_each, q_stride_h, dout_stride_h, row_stride_h = heads
+    n_blocks = count_blocks(span, MASKED)
+    heads_each, q_stride_h, dout_stride_h, dq_stride_h, row_stride_h = heads
     # one loop over the blocks of every head: the pipeline fills once
     per_head = tl.maximum(n_blocks, 1)
     for index in range(n_blocks * heads_each):
         member = index // per_head
-        m0 = block_start(index - member * per_head, low, n_head, full, tail, BLOCK_M, MASKED)
+        m0 = block_start(index - member * per_head, span, BLOCK_M, MASKED)
         rows = member.to(tl.int64) * row_stride_h
         q0, q1 = load_rows(q_ptr + member.to(tl.int64) * q_stride_h, m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, MASKED)
         offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -74,7 +98,10 @@ def _dkdv_blocks(
         if MASKED:
             offs_n = n0 + tl.arange(0, BLOCK_N)[:, None]
             i = offs_m[None, :]
-            seen = in_window(i < end_q, i, offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
+            seen = i < end_q
+            if HAS_DQ:
+                seen = seen & real[:, None]
+            seen = in_window(seen, i, offs_n, shift, left, right, HAS_LEFT, HAS_RIGHT)
             x = tl.where(seen, x, float("-inf"))
         p = tl.exp2(x)
         dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -108,6 +135,11 @@ def _dkdv_blocks(
             HAS_SOFTCAP,
         )
         dk0, dk1 = dot_acc(ds, q0, q1, dk0, dk1, D1)
+        if HAS_DQ:
+            dq_rows = dq_ptr + member.to(tl.int64) * dq_stride_h + tl.cast(m0, tl.int64) * DQ_STEPS[0]
+            _add_chunk(dq_rows, k0, ds, end_q - m0, DQ_STEPS, 0, D0, D)
+            if D1 > 0:
+                _add_chunk(dq_rows, k1, ds, end_q - m0, DQ_STEPS, D0, D1, D)
     return dk0, dk1, dv0, dv1
 
 
@@ -118,16 +150,18 @@ def _bwd_dkdv_kernel(
     v_ptr,
     dout_ptr,
     seq,
-    sinks,
+    sinks_ptr,
     row_ptrs,
     dk_ptr,
     dv_ptr,
+    dq_ptr,
     q_strides,
     k_strides,
     v_strides,
     dout_strides,
     dk_strides,
     dv_strides,
+    dq_strides,
     row_strides,
     total_q,
     total_k,
@@ -146,10 +180,11 @@ def _bwd_dkdv_kernel(
     DOUT_STEPS: tl.constexpr,
     DK_STEPS: tl.constexpr,
     DV_STEPS: tl.constexpr,
+    DQ_STEPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    N_POSITIONS: tl.constexpr,
+    N_SINKS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -162,6 +197,7 @@ def _bwd_dkdv_kernel(
     ENTROPY: tl.constexpr = entropy_g_ptr is not None
     MAX_LOGIT: tl.constexpr = floor_ptr is not None
     HAS_DOUT: tl.constexpr = dout_ptr is not None
+    HAS_DQ: tl.constexpr = dq_ptr is not None
     pid = tl.program_id(0)
     n0 = pid % n_blocks * BLOCK_N
     batch = pid // n_blocks // n_out_heads
@@ -188,29 +224,36 @@ def _bwd_dkdv_kernel(
             True,
         )
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    low, n_head, full, n_full, tail, n_tail = row_blocks(
-        n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    real = (offs_n >= first_key) & (offs_n < end_k)
+    span = row_blocks(n0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     sink = offs_n < 0
+    masked = n0 < 0
     if SINK_MASS:
-        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
-        sink = hooks.is_sink(offs_n, batch, first_key, sinks, N_POSITIONS)
+        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks_ptr, N_SINKS)
+        sink = hooks.is_sink(offs_n, batch, first_key, sinks_ptr, N_SINKS)
         # a block with a sink key takes all its rows through the masked loop, the only one that knows of the statistic
         # (a branch in the loop would give dp another layout on mma.sync, and cost registers everywhere)
-        moved = tl.where((n0 < sink_high) & (n0 + BLOCK_N > sink_low), n_full, 0)
-        n_head = n_head + moved
-        n_full -= moved
-    span = (low, n_head, full, n_full, tail, n_tail)
+        masked = (n0 < sink_high) & (n0 + BLOCK_N > sink_low)
+    if HAS_DQ:
+        # dq sums over keys: what padded ones hold, nan too, must not meet a product
+        k = zero_rows(k, real, D1)
+        v = zero_rows(v, real, D1)
+        masked = masked | (n0 < first_key) | (n0 + BLOCK_N > end_k)
+    if SINK_MASS or HAS_DQ:
+        span = all_masked(span, masked)
     dk0, dk1 = empty_pair(BLOCK_N, D0, D1)
     dv0, dv1 = empty_pair(BLOCK_N, D0, D1)
     state = (dk0, dk1, dv0, dv1)
     head = out_head * heads_each
     q_head = head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q)
-    ptrs = (q_head, q_head)
-    dout_stride_h = 0
+    dout_head, dq_head = q_head, q_head
+    dout_stride_h, dq_stride_h = q_strides[1], q_strides[1]
     if HAS_DOUT:
-        ptrs = (q_head, head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q))
+        dout_head = head_ptr(dout_ptr, dout_strides, DOUT_STEPS, batch, head, start_q)
         dout_stride_h = dout_strides[1]
+    if HAS_DQ:
+        dq_head = head_ptr(dq_ptr, dq_strides, DQ_STEPS, batch, head, start_q)
+        dq_stride_h = dq_strides[1]
     head_rows = hooks.shift_rows(row_ptrs, row_offset(row_strides, batch, head, start_q))
     # the masked loop first: fewer registers than the other way round
     for MASKED in tl.static_range(1, -1, -1):
@@ -218,21 +261,24 @@ def _bwd_dkdv_kernel(
             state,
             k,
             v,
-            ptrs,
+            (q_head, dout_head, dq_head),
             head_rows,
-            (heads_each, q_strides[1], dout_stride_h, row_strides[1]),
+            (heads_each, q_strides[1], dout_stride_h, dq_stride_h, row_strides[1]),
             n0,
             end_q,
             span,
             (shift, left, right),
             (scale2, cap_scale),
             sink,
+            real,
             Q_STEPS,
             DOUT_STEPS,
+            DQ_STEPS,
             HAS_LEFT,
             HAS_RIGHT,
             HAS_SOFTCAP,
             HAS_DOUT,
+            HAS_DQ,
             SINK_MASS,
             ENTROPY,
             MAX_LOGIT,
@@ -246,12 +292,8 @@ def _bwd_dkdv_kernel(
     dk0, dk1, dv0, dv1 = state
 
     # what a padded key collected is dropped; it may be anything, nan too
-    real = ((offs_n >= first_key) & (offs_n < end_k))[:, None]
-    dk0 = tl.where(real, dk0 * scale, 0.0)
-    dv0 = tl.where(real, dv0, 0.0)
-    if D1 > 0:
-        dk1 = tl.where(real, dk1 * scale, 0.0)
-        dv1 = tl.where(real, dv1, 0.0)
+    dk0, dk1 = zero_rows((dk0 * scale, dk1 * scale), real, D1)
+    dv0, dv1 = zero_rows((dv0, dv1), real, D1)
     dk_head = head_ptr(dk_ptr, dk_strides, DK_STEPS, batch, out_head, start_k)
     dv_head = head_ptr(dv_ptr, dv_strides, DV_STEPS, batch, out_head, start_k)
     store_rows(dk_head, dk0, dk1, n0, len_k, DK_STEPS, BLOCK_N, D0, D1, D)

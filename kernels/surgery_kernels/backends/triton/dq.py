@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, in_window, key_blocks, sequence_bounds
-from .tiles import cap, dot_acc, dot_rows, empty_pair, head_ptr, load_rows, row_offset, store_rows
+from .blocks import block_start, count_blocks, in_window, key_blocks, sequence_bounds, with_masked
+from .tiles import cap, dot_acc, dot_rows, empty_pair, head_ptr, load_rows, row_offset, store_rows, zero_rows
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _dq_blocks(
     SINK_MASS: tl.constexpr,
     ENTROPY: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
-    N_POSITIONS: tl.constexpr,
+    N_SINKS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -48,15 +48,11 @@ def _dq_blocks(
     do0, do1 = do
     lse2, delta, sink_g, entropy_g, floor, weight = rows
     k_ptr, v_ptr = kv_ptrs
-    low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
-    sinks, batch, first_key = sink_keys
-    n_blocks = n_full
-    if MASKED:
-        n_blocks = n_head + n_tail
-    for index in range(n_blocks):
-        n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
+    sinks_ptr, batch, first_key = sink_keys
+    for index in range(count_blocks(span, MASKED)):
+        n0 = block_start(index, span, BLOCK_N, MASKED)
         k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
         t = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP)
         x = t * scale2 - lse2[:, None]
@@ -70,9 +66,8 @@ def _dq_blocks(
         if HAS_DOUT:
             v0, v1 = load_rows(v_ptr, n0, end_k, V_STEPS, BLOCK_N, D0, D1, D, MASKED)
             dp = dot_rows(do0, do1, v0, v1, D1)
-        # the first keys' tile is among the masked ones; positions may be in any
-        if SINK_MASS and (MASKED or N_POSITIONS > 0):
-            sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks, N_POSITIONS)
+        if SINK_MASS and MASKED:
+            sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks_ptr, N_SINKS)
             dp = hooks.sink_dp(dp, sink_g[:, None], sink[None, :])
         ds = hooks.score_gradient(
             dp,
@@ -98,7 +93,7 @@ def _bwd_dq_kernel(
     v_ptr,
     dout_ptr,
     seq,
-    sinks,
+    sinks_ptr,
     row_ptrs,
     dq_ptr,
     q_strides,
@@ -125,7 +120,7 @@ def _bwd_dq_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    N_POSITIONS: tl.constexpr,
+    N_SINKS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -159,12 +154,12 @@ def _bwd_dq_kernel(
     lse2 = hooks.load_row(lse2_ptr + base, offs_m, end_q, float("inf"), True)
     delta = hooks.load_row(delta_ptr + base, offs_m, end_q, 0.0, True)
     sink_g, entropy_g, floor, weight = delta, delta, delta, delta
-    full_from = first_key
+    span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     if SINK_MASS:
         sink_g = hooks.load_row(sink_g_ptr + base, offs_m, end_q, 0.0, True)
-        if N_POSITIONS == 0:
-            # the tiles that hold them go with the masked ones: the loop over the full ones has no trace of them
-            _, full_from = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
+        # the tiles that hold a sink go with the masked ones: the loop over the full ones has no trace of them
+        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks_ptr, N_SINKS)
+        span = with_masked(span, sink_low, sink_high, BLOCK_N)
     if ENTROPY:
         entropy_g = hooks.load_row(entropy_g_ptr + base, offs_m, end_q, 0.0, True)
     if MAX_LOGIT:
@@ -172,7 +167,6 @@ def _bwd_dq_kernel(
         weight = hooks.load_row(weight_ptr + base, offs_m, end_q, 0.0, True)
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
-    span = key_blocks(m0, end_q, end_k, first_key, full_from, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     state = empty_pair(BLOCK_M, D0, D1)
     for MASKED in tl.static_range(2):
         state = _dq_blocks(
@@ -186,7 +180,7 @@ def _bwd_dq_kernel(
             span,
             (shift, left, right),
             (scale2, cap_scale),
-            (sinks, batch, first_key),
+            (sinks_ptr, batch, first_key),
             K_STEPS,
             V_STEPS,
             HAS_LEFT,
@@ -196,7 +190,7 @@ def _bwd_dq_kernel(
             SINK_MASS,
             ENTROPY,
             MAX_LOGIT,
-            N_POSITIONS,
+            N_SINKS,
             D0,
             D1,
             D,
@@ -206,9 +200,6 @@ def _bwd_dq_kernel(
         )
     dq0, dq1 = state
     # a row that sees no key gets 0 whatever its dout is, nan too
-    sees = (lse2 < float("inf"))[:, None]
-    dq0 = tl.where(sees, dq0 * scale, 0.0)
-    if D1 > 0:
-        dq1 = tl.where(sees, dq1 * scale, 0.0)
+    dq0, dq1 = zero_rows((dq0 * scale, dq1 * scale), lse2 < float("inf"), D1)
     dq_head = head_ptr(dq_ptr, dq_strides, DQ_STEPS, batch, head, start_q)
     store_rows(dq_head, dq0, dq1, m0, len_q, DQ_STEPS, BLOCK_M, D0, D1, D)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, in_window, key_blocks, sequence_bounds
+from .blocks import block_start, count_blocks, in_window, key_blocks, sequence_bounds
 from .launch import Launch, empty_rows, problem_args
 from .tiles import LN2, cap, dot_acc, dot_rows, empty_pair, head_ptr, load_rows, row_offset, store_rows
 
@@ -33,7 +33,7 @@ def _attend_blocks(
     HAS_SOFTCAP: tl.constexpr,
     SINK_MASS: tl.constexpr,
     ENTROPY: tl.constexpr,
-    N_POSITIONS: tl.constexpr,
+    N_SINKS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -45,15 +45,11 @@ def _attend_blocks(
     acc0, acc1, m_i, l_i, sink_i, entropy_i = state
     q0, q1 = q
     k_ptr, v_ptr = kv_ptrs
-    low, n_head, full, n_full, tail, n_tail = span
     shift, left, right = window
     scale2, cap_scale = scales
-    sinks, batch, first_key, sink_low, sink_high = sink_keys
-    n_blocks = n_full
-    if MASKED:
-        n_blocks = n_head + n_tail
-    for index in range(n_blocks):
-        n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
+    sinks_ptr, batch, first_key, sink_low, sink_high = sink_keys
+    for index in range(count_blocks(span, MASKED)):
+        n0 = block_start(index, span, BLOCK_N, MASKED)
         k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
         # [BLOCK_M, D] @ [D, BLOCK_N] -> [BLOCK_M, BLOCK_N], fp32
         t = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP)
@@ -75,7 +71,7 @@ def _attend_blocks(
         if SINK_MASS:
             sink_i = sink_i * alpha
             if (n0 < sink_high) & (n0 + BLOCK_N > sink_low):
-                sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks, N_POSITIONS)
+                sink = hooks.is_sink(n0 + tl.arange(0, BLOCK_N), batch, first_key, sinks_ptr, N_SINKS)
                 sink_i = hooks.sink_update(sink_i, p, sink)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
@@ -93,7 +89,7 @@ def _flash_attn_stats_fwd_kernel(
     k_ptr,
     v_ptr,
     seq,
-    sinks,
+    sinks_ptr,
     out_ptr,
     lse_ptr,
     stat_ptrs,
@@ -118,7 +114,7 @@ def _flash_attn_stats_fwd_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    N_POSITIONS: tl.constexpr,
+    N_SINKS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D: tl.constexpr,
@@ -143,11 +139,11 @@ def _flash_attn_stats_fwd_kernel(
     )
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
     v_ptr = head_ptr(v_ptr, v_strides, V_STEPS, batch, head // group, start_k)
-    span = key_blocks(m0, end_q, end_k, first_key, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
-    sink_keys = (sinks, batch, first_key, 0, 0)
+    span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
+    sink_keys = (sinks_ptr, batch, first_key, 0, 0)
     if SINK_MASS:
-        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks, N_POSITIONS)
-        sink_keys = (sinks, batch, first_key, sink_low, sink_high)
+        sink_low, sink_high = hooks.sink_range(batch, first_key, sinks_ptr, N_SINKS)
+        sink_keys = (sinks_ptr, batch, first_key, sink_low, sink_high)
     acc0, acc1 = empty_pair(BLOCK_M, D0, D1)
     zeros = tl.zeros([BLOCK_M], tl.float32)
     state = (acc0, acc1, zeros - float("inf"), zeros, zeros, zeros)
@@ -169,7 +165,7 @@ def _flash_attn_stats_fwd_kernel(
             HAS_SOFTCAP,
             SINK_MASS,
             ENTROPY,
-            N_POSITIONS,
+            N_SINKS,
             D0,
             D1,
             D,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import stat_hooks as hooks
-from .blocks import block_start, in_window, key_blocks, sequence_bounds
+from .blocks import block_start, count_blocks, in_window, key_blocks, sequence_bounds
 from .tiles import LOG2E, cap, dot_rows, head_ptr, load_rows, row_offset
 
 
@@ -133,18 +133,13 @@ def _max_ties_kernel(
         head_ptr(q_ptr, q_strides, Q_STEPS, batch, head, start_q), m0, end_q, Q_STEPS, BLOCK_M, D0, D1, D, True
     )
     k_ptr = head_ptr(k_ptr, k_strides, K_STEPS, batch, head // group, start_k)
-    low, n_head, full, n_full, tail, n_tail = key_blocks(
-        m0, end_q, end_k, first_key, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    span = key_blocks(m0, end_q, end_k, first_key, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N)
     ties = tl.zeros([BLOCK_M], tl.float32)
     # its own maximum: one that the forward rounded differently might be attained by no key here
     x_max = ties - float("inf")
     for MASKED in tl.static_range(2):
-        n_key_blocks = n_full
-        if MASKED:
-            n_key_blocks = n_head + n_tail
-        for index in range(n_key_blocks):
-            n0 = block_start(index, low, n_head, full, tail, BLOCK_N, MASKED)
+        for index in range(count_blocks(span, MASKED)):
+            n0 = block_start(index, span, BLOCK_N, MASKED)
             k0, k1 = load_rows(k_ptr, n0, end_k, K_STEPS, BLOCK_N, D0, D1, D, MASKED)
             x = cap(dot_rows(q0, q1, k0, k1, D1), cap_scale, HAS_SOFTCAP) * scale2 - lse2[:, None]
             if MASKED:

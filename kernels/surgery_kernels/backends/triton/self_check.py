@@ -28,7 +28,7 @@ def checked(kernel, like, candidates):
     """The first of `candidates` that computes correctly.
 
     Args:
-        kernel: "fwd", "dkdv" or "dq".
+        kernel: one of configs.KERNELS.
         like: q, for its device, dtype and head dim.
         candidates: TileConfigs, best first.
     Raises:
@@ -128,6 +128,7 @@ def _run_kernel(kernel, inputs, config, truth, dout, dstats):
         launch, dq = dq_launch(inputs, dout, rows, config)
         launch.run()
         return {"dq": dq}
-    launch, (dk, dv) = dkdv_launch(inputs, dout, rows, config)
+    dq = torch.zeros(inputs.q.shape, device=inputs.q.device) if kernel == "bwd" else None
+    launch, (dk, dv) = dkdv_launch(inputs, dout, rows, config, dq=dq)
     launch.run()
-    return {"dk": dk, "dv": dv}
+    return {"dk": dk, "dv": dv} | ({} if dq is None else {"dq": dq * inputs.softmax_scale})

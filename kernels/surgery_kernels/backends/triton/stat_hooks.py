@@ -43,32 +43,30 @@ def shift_rows(row_ptrs, offset):
 
 
 @triton.jit
-def sink_range(batch, first_key, sinks, N_POSITIONS: tl.constexpr):
-    """[low, high) around the sink keys; sinks is (pointer to [B, N_POSITIONS] or None, n for the first n)."""
-    sinks_ptr, n_sinks = sinks
+def sink_range(batch, first_key, sinks_ptr, N_SINKS: tl.constexpr):
+    """[low, high) around the sink keys: the N_SINKS positions at sinks_ptr [B, N_SINKS], or the first ones if None."""
     if sinks_ptr is None:
         low = first_key
-        high = first_key + n_sinks
+        high = first_key + N_SINKS
     else:
         low = 2147483647
         high = 0
-        for j in tl.static_range(N_POSITIONS):
-            key = first_key + tl.load(sinks_ptr + batch * N_POSITIONS + j)
+        for j in tl.static_range(N_SINKS):
+            key = first_key + tl.load(sinks_ptr + batch * N_SINKS + j)
             low = tl.minimum(low, key)
             high = tl.maximum(high, key + 1)
     return low, high
 
 
 @triton.jit
-def is_sink(offs_n, batch, first_key, sinks, N_POSITIONS: tl.constexpr):
+def is_sink(offs_n, batch, first_key, sinks_ptr, N_SINKS: tl.constexpr):
     """Which of the keys offs_n are sinks; a position given twice is one key."""
-    sinks_ptr, n_sinks = sinks
     if sinks_ptr is None:
-        hit = (offs_n >= first_key) & (offs_n < first_key + n_sinks)
+        hit = (offs_n >= first_key) & (offs_n < first_key + N_SINKS)
     else:
         hit = offs_n < 0
-        for j in tl.static_range(N_POSITIONS):
-            hit = hit | (offs_n == first_key + tl.load(sinks_ptr + batch * N_POSITIONS + j))
+        for j in tl.static_range(N_SINKS):
+            hit = hit | (offs_n == first_key + tl.load(sinks_ptr + batch * N_SINKS + j))
     return hit
 
 
@@ -80,8 +78,9 @@ def sink_update(sink_i, p, sink):
 
 @triton.jit
 def sink_dp(dp, g, sink):
-    """Backward, on such a tile: dp += g_i [j in S]. g and sink come with the axes they broadcast along."""
-    return dp + tl.where(sink, g, 0.0)
+    """Backward, on a masked tile: dp += g_i [j in S], in one multiply-add. g and sink come with the axes they
+    broadcast along."""
+    return dp + g * sink.to(tl.float32)
 
 
 @triton.jit

@@ -146,6 +146,16 @@ def empty_pair(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
+def zero_rows(x, keep, D1: tl.constexpr):
+    """The pair x with 0 in the rows that are not in `keep`, whatever they hold."""
+    x0, x1 = x
+    x0 = tl.where(keep[:, None], x0, 0.0)
+    if D1 > 0:
+        x1 = tl.where(keep[:, None], x1, 0.0)
+    return x0, x1
+
+
+@triton.jit
 def row_offset(row_strides, batch, head, start):
     """Where a head's rows start in lse, a statistic or delta."""
     stride_b, stride_h = row_strides

@@ -16,7 +16,7 @@ class Bounds(NamedTuple):
 
 def bounds_of(inputs):
     batch, len_q = inputs.q.shape[:2]
-    zero = torch.zeros(batch, dtype=torch.int64)
+    zero = torch.zeros(batch, dtype=torch.int64, device=inputs.q.device)
     return Bounds(
         zero if inputs.leftpad_k is None else inputs.leftpad_k.long(),
         zero + len_q if inputs.seqused_q is None else inputs.seqused_q.long(),

@@ -1,20 +1,14 @@
-"""Sink mass around an attention kernel that knows nothing of it, in torch, O(T) memory.
+"""The epilogue in torch, O(T) memory: exact, slower than the CUDA kernels, and the double that tests compare them with.
 
-Forward: p_ij = exp(s_ij - lse_i) on the few sink keys j. Backward, with g = dL/d sink_mass:
-
-    ds_ij = p_ij * (dp_ij - delta_i)                    the kernel's own, with delta = rowsum(dout * out)
-          + p_ij * (dlse_i - g_i * sink_mass_i)         `fold_into_out`: move it into the kernel's delta
-          + p_ij * g_i [j in S]                         `add_sink_gradient`: a rank-n update
-
-A flash backward uses `out` for nothing but delta, so handing it out' = out - x * dout / |dout|^2 makes its delta
-rowsum(dout * out) - x. A row whose dout is zero has no such out'; it gets a dout of TINY in one channel instead,
-which changes dv by TINY.
+Dense inputs only; `apart` runs packed ones a sequence at a time.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .bounds import bounds_of, visible_keys
 
 # A power of two, so exact in every dtype: folding divides by it in fp32 and the kernel multiplies in bf16. Its
 # square is still a normal number in float32 and bfloat16.
@@ -46,50 +40,66 @@ def sink_keys(inputs, first_key, used_k):
     return SinkKeys(torch.where(valid, index, 0), valid)
 
 
+def sinks_of(inputs):
+    """SinkKeys, and [B, Tq, n] bool: which of them a row sees."""
+    bounds = bounds_of(inputs)
+    keys = sink_keys(inputs, bounds.first_key, bounds.used_k)
+    rows = torch.arange(inputs.q.shape[1], device=inputs.q.device)
+    return keys, visible_keys(inputs, bounds, rows, keys.index) & keys.valid[:, None]
+
+
 def _sink_scores(inputs, keys):
     """q [B, H_kv, G, T, D] and k [B, H_kv, n, D] of the sinks in the rows' dtype, scores [B, H_kv, G, T, n]."""
     dtype = inputs.rows_dtype
     index = keys.index[:, :, None, None].expand(-1, -1, *inputs.k.shape[2:])
     k = inputs.k.gather(1, index).transpose(1, 2).to(dtype)
     q = inputs.q.transpose(1, 2).unflatten(1, (k.shape[1], -1)).to(dtype)
-    return q, k, torch.einsum("bhgtd,bhnd->bhgtn", q, k) * inputs.softmax_scale
+    s = torch.einsum("bhgtd,bhnd->bhgtn", q, k) * inputs.softmax_scale
+    return q, k, inputs.softcap * torch.tanh(s / inputs.softcap) if inputs.softcap else s
 
 
 def _sink_probabilities(inputs, keys, lse, sees):
-    """p [B, H_kv, G, T, n] on the sink keys; `sees` [B, T, n] says which of them a row sees."""
+    """q, k and p [B, H_kv, G, T, n] on the sink keys, and ds / d (q . k); `sees` [B, T, n]: which a row sees."""
     q, k, s = _sink_scores(inputs, keys)
     lse = lse.unflatten(1, (k.shape[1], -1)).unsqueeze(-1)
     visible = sees[:, None, None] & (lse != float("-inf"))
-    return q, k, torch.exp(torch.where(visible, s - lse, float("-inf")))
+    slope = inputs.softmax_scale
+    if inputs.softcap:
+        slope = slope * (1 - (s / inputs.softcap) ** 2)
+    return q, k, torch.exp(torch.where(visible, s - lse, float("-inf"))), slope
 
 
 def sink_mass(inputs, keys, lse, sees):
     """[B, H, T] attention on the sink keys."""
-    _, _, p = _sink_probabilities(inputs, keys, lse, sees)
-    return p.sum(-1).flatten(1, 2)
+    return _sink_probabilities(inputs, keys, lse, sees)[2].sum(-1).flatten(1, 2)
+
+
+def delta_of(out, dout, extra_delta):
+    """rowsum(dout * out) + extra_delta, [B, H, T] in extra_delta's dtype."""
+    return (dout.to(extra_delta.dtype) * out.to(extra_delta.dtype)).sum(-1).transpose(1, 2) + extra_delta
 
 
 def fold_into_out(out, dout, extra_delta):
-    """(out', dout') with rowsum(dout' * out') = rowsum(dout * out) + extra_delta, see the module's docstring.
+    """(out', dout') with rowsum(dout' * out') = rowsum(dout * out) + extra_delta.
+
+    out' is 0 but in the two channels where |dout| is largest: the first carries delta rounded to out's dtype, the
+    second what the rounding left, so the sum is exact to twice that precision. Where dout is smaller than TINY
+    there, dout' is TINY instead, which changes dv by TINY.
 
     Args:
         out, dout: [B, T, H, D].
         extra_delta: [B, H, T].
     """
-    extra = extra_delta.transpose(1, 2).unsqueeze(-1)
-    wide = dout.to(extra.dtype)
-    norm = (wide * wide).sum(-1, keepdim=True).sqrt()
-    silent = norm < TINY
-    norm = norm.masked_fill(silent, 1.0)
-    # divided twice: extra / norm ** 2 would overflow for an extra of a few hundred
-    shift = (wide / norm) * (extra / norm)
-    folded = out.to(extra.dtype) + shift.masked_fill(silent, 0.0)
-    silent &= extra != 0
-    if silent.any():
-        folded[..., :1] += torch.where(silent, extra / TINY, 0.0)
-        dout = dout.clone()
-        dout[..., :1].masked_fill_(silent, TINY)
-    return folded.to(out.dtype), dout
+    rest = delta_of(out, dout, extra_delta).transpose(1, 2).unsqueeze(-1)
+    folded, dout = torch.zeros_like(out), dout.clone()
+    for channel in dout.abs().topk(min(2, dout.shape[-1]), -1).indices.split(1, -1):
+        weight = dout.gather(-1, channel)
+        weight = torch.where((weight.abs() < TINY) & (rest != 0), TINY, weight).to(dout.dtype)
+        carried = torch.where(rest != 0, rest / weight.to(rest.dtype), 0.0).to(out.dtype)
+        dout.scatter_(-1, channel, weight)
+        folded.scatter_(-1, channel, carried)
+        rest = rest - weight.to(rest.dtype) * carried.to(rest.dtype)
+    return folded, dout
 
 
 def add_sink_gradient(inputs, keys, lse, sees, g, dq, dk):
@@ -98,8 +108,8 @@ def add_sink_gradient(inputs, keys, lse, sees, g, dq, dk):
     Args:
         g: [B, H, T] gradient of sink_mass.
     """
-    q, k, p = _sink_probabilities(inputs, keys, lse, sees)
-    ds = p * g.unflatten(1, (k.shape[1], -1)).unsqueeze(-1) * inputs.softmax_scale
+    q, k, p, slope = _sink_probabilities(inputs, keys, lse, sees)
+    ds = p * g.unflatten(1, (k.shape[1], -1)).unsqueeze(-1) * slope
     dq += torch.einsum("bhgtn,bhnd->bthgd", ds, k).flatten(2, 3).to(dq.dtype)
     dk_sink = torch.einsum("bhgtn,bhgtd->bnhd", ds, q).to(dk.dtype)
     index = keys.index[:, :, None, None].expand_as(dk_sink)
@@ -116,14 +126,15 @@ def add_sink_columns(inputs, keys, lse, sees, shift, dout, dq, dk, dv):
         dout: [B, T, H, D].
         dq: [B, T, H, D]; dk, dv: [B, Tk, H_kv, D].
     """
-    q, k, p = _sink_probabilities(inputs, keys, lse, sees)
+    q, k, p, slope = _sink_probabilities(inputs, keys, lse, sees)
     n_kv = k.shape[1]
     index = keys.index[:, :, None, None].expand(-1, -1, *inputs.v.shape[2:])
     v = inputs.v.gather(1, index).transpose(1, 2).to(p.dtype)
     do = dout.transpose(1, 2).unflatten(1, (n_kv, -1)).to(p.dtype)
     dp = torch.einsum("bhgtd,bhnd->bhgtn", do, v)
-    ds = p * (dp + shift.unflatten(1, (n_kv, -1)).unsqueeze(-1)) * inputs.softmax_scale
-    dq += torch.einsum("bhgtn,bhnd->bthgd", ds, k).flatten(2, 3).to(dq.dtype)
+    ds = p * (dp + shift.unflatten(1, (n_kv, -1)).unsqueeze(-1)) * slope
+    # one rounding: the sum is in the rows' dtype
+    dq.copy_(dq + torch.einsum("bhgtn,bhnd->bthgd", ds, k).flatten(2, 3))
     for target, weight, rows in ((dk, ds, q), (dv, p, do)):
-        added = torch.einsum("bhgtn,bhgtd->bnhd", weight, rows).to(target.dtype)
-        target.scatter_add_(1, index, added)
+        added = torch.einsum("bhgtn,bhgtd->bnhd", weight, rows)
+        target.scatter_add_(1, index, added.to(target.dtype))
