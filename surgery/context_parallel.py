@@ -42,7 +42,7 @@ def split_probes(model, group=None, style="ring"):
         style: "ring" for any number of heads, "ulysses" for sliding windows and few ranks.
     Raises:
         ValueError: unknown style, not patched, no process group, already split; "ulysses" with heads that the group
-            does not divide; "ring" with backend "reference".
+            does not divide. Inside the block: "ring" with sliding windows or on the reference backend.
     """
     base = check_patched(model)
     if style not in STYLES:
@@ -121,10 +121,6 @@ class Split:
             raise ValueError(
                 f"a ring does not know sliding windows (layer {layer} has {options['window_size']}): use "
                 f"split_probes(style='ulysses')"
-            )
-        if backend == "reference":
-            raise ValueError(
-                "a ring needs a backend that takes the final lse: 'auto', 'cpu' or 'triton', not 'reference'"
             )
         ring = Ring(
             self.group,

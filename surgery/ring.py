@@ -64,6 +64,17 @@ class Ring:
             seqused_k=inside(end, source),
         )
 
+    def choose(self, inputs):
+        """The backend of one block.
+
+        Raises:
+            ValueError: it is the reference, which computes p anew from the block instead of taking the final lse.
+        """
+        chosen = sk.choose_backend(inputs, self.backend)
+        if chosen == "reference":
+            raise ValueError("a ring needs a backend that takes the final lse, not 'reference': see `surgery env`")
+        return chosen
+
     def travel(self, tensors):
         """Yield (source rank, tensors) for each rank's tensors, its own first."""
         for step in range(self.size):
@@ -149,7 +160,7 @@ def ring_forward(ring, q, k, v):
         inputs = ring.block(q, k_block, v_block, source)
         if inputs is None:
             continue
-        out_block, lse_block, _ = sk.attn_forward(inputs, sk.choose_backend(inputs, ring.backend))
+        out_block, lse_block, _ = sk.attn_forward(inputs, ring.choose(inputs))
         out_block = out_block.to(lse_block.dtype)
         out, lse = (out_block, lse_block) if out is None else _merge(out, lse, out_block, lse_block)
     return out.to(q.dtype), lse
@@ -173,8 +184,7 @@ def ring_backward(ring, q, k, v, out, lse, dout, dlse):
         k_block, v_block, dk, dv = moving
         inputs = ring.block(q, k_block, v_block, source)
         if inputs is not None:
-            backend = sk.choose_backend(inputs, ring.backend)
-            found = sk.attn_backward(inputs, out, lse, no_stats, dout, dlse, None, backend)
+            found = sk.attn_backward(inputs, out, lse, no_stats, dout, dlse, None, ring.choose(inputs))
             for total, part in zip((dq, dk, dv), found, strict=True):
                 total += part
         # one more step than in the forward: dk and dv come home
