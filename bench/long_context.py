@@ -32,7 +32,8 @@ from surgery.live_memory import LiveMemory
 from surgery.patch import attention_modules
 from surgery.probe import Probe, Relay
 
-from .train_step_report import environment, write_csv
+from .records import environment, write_csv
+from .train_step_report import COLUMNS
 
 METHODS = ("sink_mass", "find_sinks", "penalty")
 GIB = 2**30
@@ -150,7 +151,7 @@ def main(argv=None):
     for row in rows:
         row |= common | {"unit": units[row["metric"]], "checkpointing": "on" if row["mode"] == "penalty" else "off"}
     if options.csv:
-        write_csv(options.csv, rows)
+        write_csv(options.csv, rows, COLUMNS)
     return 0
 
 

@@ -52,18 +52,17 @@ def tensor_parallel_group(base):
 
 
 def check_adapters(base):
-    """Refuse adapters on split layers that nobody keeps in step.
+    """Refuse adapters on split layers.
 
     Raises:
-        ValueError: tensor parallel with PEFT adapters, and transformers does not tell PEFT how layers are split.
+        ValueError: tensor parallel with PEFT adapters.
     """
     if tensor_parallel_group(base) is None:
         return
-    modules = list(base.modules())
-    if any(is_a(m, "BaseTunerLayer") for m in modules) and not any(hasattr(m, "_hf_tp_plan") for m in modules):
+    if any(is_a(m, "BaseTunerLayer") for m in base.modules()):
         raise ValueError(
-            "adapters with tensor parallel: this transformers does not tell PEFT how the layers are split, so their "
-            "gradients would differ between ranks, with Surgery or without. Use DDP, FSDP2 or DeepSpeed for adapters"
+            "adapters with tensor parallel: what PEFT makes of layers that transformers has split differs between "
+            "their releases, and none was exact here. Use DDP, FSDP2 or DeepSpeed for adapters"
         )
 
 

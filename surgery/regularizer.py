@@ -92,7 +92,7 @@ class SurgeryRegularizer:
         group: the data-parallel process group; default: all ranks, but for one tensor-parallel group.
     Raises:
         ValueError: the model is not patched, of an unknown family, wrapped in nn.DataParallel or FSDP1, or tensor
-            parallel with adapters that PEFT does not split.
+            parallel with adapters.
     """
 
     def __init__(self, model, config=None, group=None):

@@ -68,5 +68,5 @@ def test_tensor_parallel(tmp_path):
     check_exact(cells, EXACT)
     for rank in results:
         assert "did not arrive in layers [0]" in rank["broken"]
-        # when PEFT splits adapters along this plan, the matrix gets its LoRA cells
+        # should a release split adapters along the plan, the matrix gets its LoRA cells
         assert rank["lora"].startswith("ValueError: adapters with tensor parallel")
