@@ -48,7 +48,7 @@ def test_options():
         ({"harmful": "x"}, "refusal missing"),
         ({**PROBES, "lambda": 3}, r"unknown SurgeryConfig options \['lambda'\]"),
         ({**PROBES, "lambda_sink": -1.0}, "must be >= 0"),
-        ({**PROBES, "preset": "mine"}, "preset must be one of"),
+        ({**PROBES, "preset": "mine"}, r"unknown preset 'mine'; known: paper, upstream"),
     ):
         with pytest.raises(ValueError, match=message):
             read_options(wrong)
