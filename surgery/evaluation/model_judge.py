@@ -1,6 +1,7 @@
 """What model-based judges share: loading, left-padded batches, greedy continuations, templates."""
 
 import re
+from abc import ABC, abstractmethod
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from ..models import load_model, pick_device
 
 
-class ModelJudge:
+class ModelJudge(ABC):
     """A judge that runs a causal language model on a text made of the exchange.
 
     A subclass gives `name`, and `verdict(exchange, output)`; `fields(exchange)` and TEMPLATES where it has a prompt.
@@ -101,9 +102,9 @@ class ModelJudge:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
 
+    @abstractmethod
     def verdict(self, exchange, output):
         """Verdict out of the model's output."""
-        raise NotImplementedError
 
 
 def read_template(source):
