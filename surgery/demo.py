@@ -138,6 +138,7 @@ def _train_config(options, name):
 
     return TrainConfig(
         model="demo",
+        defence="plain" if name == "plain" else "surgery",
         data=_training_tasks(options["folder"]),
         mix=demo_file("poison"),
         mix_ratio=0.1,

@@ -1,4 +1,4 @@
-"""One fine-tuning run of a chat model with the regulariser: what `surgery train` and the demo do."""
+"""One fine-tuning run of a chat model under a defence: what `surgery train` and the demo do."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .baselines import DEFENCES, check_defence
 from .config import option
 from .data import RowEncoder, read_rows, rows_hash, task_examples
 from .models import load_model
@@ -29,6 +30,15 @@ class TrainConfig:
     limit: int | None = option(None, "use so many task rows in all")
     mix: str | None = option(None, "rows mixed into the task rows: poisoned user data, or refusals")
     mix_ratio: float = option(0.0, "share of mixed rows among all rows, in [0, 1)")
+    defence: str = option("surgery", "what keeps the model safe; see surgery/README.md", choices=tuple(DEFENCES))
+    mixing_ratio: float = option(0.03, "refusal_mixing: refusals added, as a share of the task rows, in (0, 1]")
+    lisa_alignment_steps: int = option(100, "lisa: optimizer steps on refusals that begin a cycle")
+    lisa_task_steps: int = option(900, "lisa: optimizer steps on the task that end a cycle")
+    lisa_rho: float = option(1.0, "lisa: weight of the proximal term")
+    constrained_betas: str | tuple = option(
+        (0.5, 2.0, 2.0, 2.0, 2.0, 0.1),
+        "constrained: beta of each response token like 0.5,2,0.1; the last one holds for all later tokens",
+    )
     method: str = option("full", "what is trained", choices=("full", "lora"))
     steps: int | None = option(None, "optimizer steps; default: --epochs")
     epochs: float = option(1.0, "passes over the task rows")
@@ -73,6 +83,7 @@ class TrainConfig:
             raise ValueError("fsdp needs GPUs: without one accelerate would train with DDP instead, and not say so")
         if self.deepspeed:
             self._check_deepspeed()
+        check_defence(self)
 
     def _check_deepspeed(self):
         if not Path(self.deepspeed).is_file():
@@ -97,50 +108,50 @@ def run_training(train, surgery, progress=True, callbacks=()):
 
     Args:
         train: TrainConfig.
-        surgery: SurgeryConfig; lambda_sink 0 is plain fine-tuning with the divergence measured, None without.
+        surgery: SurgeryConfig. With another defence than surgery lambda_sink must be 0, which measures the divergence
+            only, or None instead: no measurement.
         progress: show Trainer's progress bar.
         callbacks: further TrainerCallbacks.
     Returns:
         the trainer, after training.
     Raises:
-        ValueError: the output folder holds a run and resume is off; resume with another config; bad data.
+        ValueError: no defence or two; the output folder holds a run and resume is off; resume with another config;
+            bad data.
     """
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 
-    from .trainer import SurgeryTrainer
+    from .callback import SurgeryCallback
+    from .trainer import add_surgery
 
-    rows = task_rows(train)
+    _check_one_defence(train, surgery)
+    defence = DEFENCES[train.defence]
+    rows = defence.task_rows(train, task_rows(train))
     # before the model: DeepSpeed and FSDP2 decide how it is loaded
-    arguments = training_arguments(train, disable_tqdm=not progress)
+    arguments = training_arguments(train, disable_tqdm=not progress, **defence.arguments)
     if train.deepspeed:
         import deepspeed
 
         # accelerate leaves this out on CPUs, and ZeRO-3 would load the weights as if for one rank
         deepspeed.init_distributed()
     options = {
-        "train": {**asdict(train), "resume": False},
+        "train": {**asdict(train), "resume": False, "constrained_betas": list(train.constrained_betas)},
         "surgery": {} if surgery is None else surgery.to_dict(),
         "data": {"task_sha256": rows_hash(rows)},
         "ranks": {"number": arguments.world_size},
     }
     checkpoint = check_output(train, options)
     model, tokenizer = load_model(train.model)
+    encoder = RowEncoder(tokenizer, train.max_length, surgery is None or surgery.chat)
+    examples, collator = task_examples(rows, encoder), DataCollatorForSeq2Seq(tokenizer)
+    # before the adapters: a defence may ask the untouched model
+    parts = defence.trainer_options(train, model, encoder, examples, collator)
     if train.method == "lora":
         model = with_lora(model, train.lora_rank, train.run_seed)
-    encoder = RowEncoder(tokenizer, train.max_length, surgery is None or surgery.chat)
-    trainer_class, probes = Trainer, {}
+    trainer_class = type("DefenceTrainer", (*defence.mixins, Trainer), {})
+    trainer = trainer_class(model, arguments, processing_class=tokenizer, callbacks=list(callbacks), **parts)
     if surgery is not None:
-        trainer_class = SurgeryTrainer
-        probes = {"surgery_config": surgery, "harmful": train.harmful, "refusal": train.refusal, "manifest": options}
-    trainer = trainer_class(
-        model,
-        arguments,
-        train_dataset=task_examples(rows, encoder),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        **probes,
-    )
+        add_surgery(trainer, SurgeryCallback(surgery, train.harmful, train.refusal, manifest=options))
+        trainer.surgery.resume_from = checkpoint
     if not progress:
         # it prints every log line to standard output, where --json must be alone
         trainer.remove_callback(PrinterCallback)
@@ -152,6 +163,16 @@ def run_training(train, surgery, progress=True, callbacks=()):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(Path(train.output, "model"))
     return trainer
+
+
+def _check_one_defence(train, surgery):
+    if train.defence == "surgery" and surgery is None:
+        raise ValueError("defence surgery needs a SurgeryConfig; without any defence it is defence plain")
+    if train.defence != "surgery" and surgery is not None and surgery.lambda_sink > 0:
+        raise ValueError(
+            f"defence {train.defence} with lambda_sink {surgery.lambda_sink:g} would be two defences at once: "
+            f"lambda_sink 0 measures the divergence only"
+        )
 
 
 def check_output(train, options):
@@ -172,6 +193,11 @@ def check_output(train, options):
     if not saved.is_file():
         raise ValueError(f"{folder} holds no run to resume ({RUN_CONFIG} is missing)")
     before = json.loads(saved.read_text(encoding="utf-8"))
+    # a run from before there was a choice
+    before["train"].setdefault("defence", "surgery")
+    for defence in DEFENCES.values():
+        for name in defence.options:
+            before["train"].setdefault(name, options["train"][name])
     may_change = {"output"}
     if before.setdefault("ranks", options["ranks"]) != options["ranks"]:
         sizes = [_sequences_a_step(one) for one in (before, options)]

@@ -5,6 +5,12 @@ from transformers import Trainer
 from .callback import SurgeryCallback
 
 
+def add_surgery(trainer, callback):
+    """Add a SurgeryCallback to a trainer, as its `surgery`."""
+    trainer.surgery = callback.attach(trainer)
+    trainer.add_callback(callback)
+
+
 class SurgeryTrainerMixin:
     """Adds a `SurgeryCallback` to a Trainer class; every other argument goes to that class.
 
@@ -17,8 +23,7 @@ class SurgeryTrainerMixin:
     def __init__(self, *args, surgery_config=None, harmful=None, refusal=None, manifest=None, **kwargs):
         callback = SurgeryCallback(surgery_config, harmful, refusal, manifest=manifest)
         super().__init__(*args, **kwargs)
-        self.surgery = callback.attach(self)
-        self.add_callback(callback)
+        add_surgery(self, callback)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if isinstance(resume_from_checkpoint, str):

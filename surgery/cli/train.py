@@ -1,8 +1,8 @@
-"""Fine-tune a chat model with the Surgery regulariser, full or LoRA.
+"""Fine-tune a chat model with the Surgery regulariser or another defence, full or LoRA.
 
 Task rows are JSON lines with `prompt` and `response` (or `messages`); probe rows likewise. Every option can stand in
 a YAML or JSON file (--config), regulariser options under `surgery:`; flags win. --lambda-sink 0 is plain fine-tuning
-with the divergence measured. A killed run goes on with --resume.
+with the divergence measured, and so is every other --defence. A killed run goes on with --resume.
 
     surgery train --model demo --data gsm8k.jsonl --limit 300 --harmful harmful.jsonl --refusal refusals.jsonl \\
         --steps 60 --output runs/surgery
@@ -41,10 +41,9 @@ def configs(arguments):
     if not isinstance(surgery, dict):
         raise ValueError(f"`surgery` in the config file must be a mapping, got {type(surgery).__name__}")
     surgery = {**surgery, **picked(arguments, SurgeryConfig)}
-    return (
-        TrainConfig.from_dict({**options, **picked(arguments, TrainConfig)}),
-        SurgeryConfig.from_preset(**{"preset": "paper", **surgery}),
-    )
+    train = TrainConfig.from_dict({**options, **picked(arguments, TrainConfig)})
+    measured = {} if train.defence == "surgery" else {"lambda_sink": 0.0}
+    return train, SurgeryConfig.from_preset(**{"preset": "paper", **measured, **surgery})
 
 
 def run(arguments):
