@@ -10,7 +10,7 @@ import torch
 from .baselines import DEFENCES, check_defence
 from .config import option
 from .data import RowEncoder, read_rows, rows_hash, task_examples
-from .models import load_model
+from .models import DTYPES, load_model
 from .run_files import complete_checkpoints, write_json
 
 RUN_CONFIG = "run_config.json"
@@ -46,7 +46,10 @@ class TrainConfig:
     accumulation: int = option(1, "micro-batches of an optimizer step")
     learning_rate: float = option(1e-5, "constant learning rate of AdamW")
     max_length: int = option(512, "longest task sequence, tokens (the probe's is --probe-max-length)")
-    bf16: bool = option(True, "bf16 autocast over float32 weights")
+    bf16: bool = option(True, "bf16 autocast")
+    weights: str = option(
+        "float32", "dtype of the weights; in bfloat16 most updates of a small learning rate round away", choices=DTYPES
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward")
     compile: bool = option(False, "torch.compile the model")
     fsdp: bool = option(False, "shard the model over all ranks with FSDP2 (through accelerate, on GPUs)")
@@ -140,7 +143,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
         "ranks": {"number": arguments.world_size},
     }
     checkpoint = check_output(train, options)
-    model, tokenizer = load_model(train.model)
+    model, tokenizer = load_model(train.model, train.weights)
     encoder = RowEncoder(tokenizer, train.max_length, surgery is None or surgery.chat)
     examples, collator = task_examples(rows, encoder), DataCollatorForSeq2Seq(tokenizer)
     # before the adapters: a defence may ask the untouched model
