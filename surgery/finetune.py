@@ -136,7 +136,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
     options = {
         "train": {**asdict(train), "resume": False, "constrained_betas": list(train.constrained_betas)},
         "surgery": {} if surgery is None else surgery.to_dict(),
-        "data": {"task_sha256": rows_hash(rows)},
+        "data": {"task_sha256": rows_hash(rows), **defence.hashes(train)},
         "ranks": {"number": arguments.world_size},
     }
     checkpoint = check_output(train, options)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import read_rows, task_examples
+from ..data import read_rows, rows_hash, task_examples
 from .defence import Defence
 
 SWITCH = "lisa_switch.safetensors"
@@ -162,5 +162,6 @@ LISA = Defence(
     options=("lisa_alignment_steps", "lisa_task_steps", "lisa_rho"),
     mixins=(LisaMixin,),
     check=check,
+    hashes=lambda train: {"alignment_sha256": rows_hash(read_rows(train.refusal))},
     trainer_options=trainer_options,
 )
