@@ -92,10 +92,10 @@ class LisaMixin:
         path = Path(folder, SWITCH)
         if not path.is_file():
             raise ValueError(f"the run resumes at step {step} inside a state of lisa, but {path} is missing")
-        saved, trained = load_file(path, device=str(self.args.device)), dict(self._trained())
+        saved, trained = load_file(path), dict(self._trained())
         if saved.keys() != trained.keys():
             raise ValueError(f"{path} belongs to another model: {sorted(saved.keys() ^ trained.keys())[:4]} differ")
-        return saved
+        return {name: w.to(self.args.device) for name, w in saved.items()}
 
     def _alignment_batch(self):
         size, count = len(self.alignment), self.args.train_batch_size
