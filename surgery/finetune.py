@@ -124,7 +124,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 
     from .callback import SurgeryCallback
-    from .trainer import add_surgery
+    from .trainer import MarkCheckpoints, add_surgery
 
     _check_one_defence(train, surgery)
     defence = DEFENCES[train.defence]
@@ -139,7 +139,7 @@ def run_training(train, surgery, progress=True, callbacks=()):
     options = {
         "train": {**asdict(train), "resume": False, "constrained_betas": list(train.constrained_betas)},
         "surgery": {} if surgery is None else surgery.to_dict(),
-        "data": {"task_sha256": rows_hash(rows)},
+        "data": {"task_sha256": rows_hash(rows), **defence.hashes(train)},
         "ranks": {"number": arguments.world_size},
     }
     checkpoint = check_output(train, options)
@@ -152,7 +152,9 @@ def run_training(train, surgery, progress=True, callbacks=()):
         model = with_lora(model, train.lora_rank, train.run_seed)
     trainer_class = type("DefenceTrainer", (*defence.mixins, Trainer), {})
     trainer = trainer_class(model, arguments, processing_class=tokenizer, callbacks=list(callbacks), **parts)
-    if surgery is not None:
+    if surgery is None:
+        trainer.add_callback(MarkCheckpoints(trainer))
+    else:
         add_surgery(trainer, SurgeryCallback(surgery, train.harmful, train.refusal, manifest=options))
         trainer.surgery.resume_from = checkpoint
     if not progress:

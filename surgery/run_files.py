@@ -10,6 +10,8 @@ from pathlib import Path
 MANIFEST = "surgery_manifest.json"
 HISTORY = "surgery_history.jsonl"
 STATE = "surgery_state.json"
+# the same mark for a run whose divergence is not measured
+UNMEASURED = "surgery_unmeasured.json"
 PACKAGES = ("attention-surgery", "torch", "transformers", "triton", "accelerate", "peft", "trl", "datasets")
 
 
@@ -111,5 +113,6 @@ def complete_checkpoints(folder):
 
     The state file is written last, so that a checkpoint cut off by a kill does not have it.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if (path / STATE).is_file()]
+    marks = (STATE, UNMEASURED)
+    found = [path for path in Path(folder).glob("checkpoint-*") if any((path / mark).is_file() for mark in marks)]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))

@@ -1,14 +1,32 @@
 """SurgeryTrainer: transformers' Trainer with the regulariser built in."""
 
-from transformers import Trainer
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
 
 from .callback import SurgeryCallback
+from .run_files import UNMEASURED, write_json
 
 
 def add_surgery(trainer, callback):
     """Add a SurgeryCallback to a trainer, as its `surgery`."""
     trainer.surgery = callback.attach(trainer)
     trainer.add_callback(callback)
+
+
+class MarkCheckpoints(TrainerCallback):
+    """Marks the checkpoints of a run without SurgeryCallback as complete."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        # every rank has written its part
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            write_json(
+                Path(args.output_dir, f"checkpoint-{state.global_step}", UNMEASURED), {"step": state.global_step}
+            )
 
 
 class SurgeryTrainerMixin:

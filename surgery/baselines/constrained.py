@@ -7,9 +7,7 @@ cross entropy's own at the aligned weights, and nothing for a token that has bec
 larger beta_t. log pi_aligned is computed once, before training, so that no second model is kept.
 """
 
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -116,13 +114,13 @@ class ConstrainedMixin:
     Args:
         betas: floats > 0.
     Raises:
-        ValueError: FSDP.
+        ValueError: FSDP or DeepSpeed.
     """
 
     def __init__(self, *args, betas, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            raise ValueError("constrained fine-tuning was not made for FSDP")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("the constrained loss needs a whole model and float32 inputs: no FSDP, no DeepSpeed")
         # the loss is a micro-batch's mean: Trainer divides by the accumulation
         self.model_accepts_loss_kwargs = False
         self.betas = torch.tensor(betas, device=self.args.device)
@@ -138,9 +136,8 @@ class ConstrainedMixin:
 def check(train):
     """Parse the betas. Raises ValueError for what `parse_betas` refuses and for sharded weights."""
     train.constrained_betas = parse_betas(train.constrained_betas)
-    options = json.loads(Path(train.deepspeed).read_text(encoding="utf-8")) if train.deepspeed else {}
-    if train.fsdp or options.get("zero_optimization", {}).get("stage") == 3:
-        raise ValueError("defence constrained reads the untouched model first, whole: no fsdp, no ZeRO-3")
+    if train.fsdp or train.deepspeed:
+        raise ValueError("defence constrained reads the untouched model first, whole: no fsdp, no deepspeed")
 
 
 def trainer_options(train, model, encoder, examples, collator):

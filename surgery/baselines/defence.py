@@ -29,6 +29,7 @@ class Defence:
         mixins: classes put before Trainer.
         check: TrainConfig -> None; raises ValueError for what the defence cannot do.
         task_rows: (TrainConfig, the user's rows) -> the rows to train on.
+        hashes: TrainConfig -> dict of sha256 of the further data it trains on; a resumed run must have the same.
         trainer_options: see `plain_options`.
     """
 
@@ -37,4 +38,5 @@ class Defence:
     mixins: tuple = ()
     check: Callable = lambda train: None
     task_rows: Callable = lambda train, rows: rows
+    hashes: Callable = lambda train: {}
     trainer_options: Callable = plain_options

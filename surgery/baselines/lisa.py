@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import read_rows, task_examples
+from ..data import read_rows, rows_hash, task_examples
 from .defence import Defence
 
 SWITCH = "lisa_switch.safetensors"
@@ -92,10 +92,10 @@ class LisaMixin:
         path = Path(folder, SWITCH)
         if not path.is_file():
             raise ValueError(f"the run resumes at step {step} inside a state of lisa, but {path} is missing")
-        saved, trained = load_file(path, device=str(self.args.device)), dict(self._trained())
+        saved, trained = load_file(path), dict(self._trained())
         if saved.keys() != trained.keys():
             raise ValueError(f"{path} belongs to another model: {sorted(saved.keys() ^ trained.keys())[:4]} differ")
-        return saved
+        return {name: w.to(self.args.device) for name, w in saved.items()}
 
     def _alignment_batch(self):
         size, count = len(self.alignment), self.args.train_batch_size
@@ -162,5 +162,6 @@ LISA = Defence(
     options=("lisa_alignment_steps", "lisa_task_steps", "lisa_rho"),
     mixins=(LisaMixin,),
     check=check,
+    hashes=lambda train: {"alignment_sha256": rows_hash(read_rows(train.refusal))},
     trainer_options=trainer_options,
 )
