@@ -25,7 +25,7 @@ from . import figures
 from .cell import RESULT
 from .grid import RECIPES, cells
 from .splits import split
-from .table import append_cell, read_cells, table_rows, write_table
+from .table import append_cell, association, read_cells, table_rows, write_table
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu" / "defence"
 
@@ -38,6 +38,9 @@ def main(argv=None):
     if not rows:
         raise SystemExit(f"{arguments.results} holds no cell yet")
     print(write_table(rows, Path(arguments.results, "table.csv")))
+    associated = association(read_cells(arguments.results))
+    if associated:
+        print(write_table(associated, Path(arguments.results, "association.csv")))
     for path in figures.draw(read_cells(arguments.results), rows, Path(arguments.results)):
         print(path)
     return 0
@@ -47,6 +50,7 @@ def parser():
     it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     it.add_argument("--data", help="folder of the data files")
     it.add_argument("--output", help="folder of runs, outside the repository")
+    it.add_argument("--model", default="demo", help="folder or id of the chat model (default: SmolLM2-135M-Instruct)")
     it.add_argument("--results", default=RESULTS, help="folder of the results (default: results/cpu/defence)")
     it.add_argument("--recipe", default="cpu", choices=RECIPES, help="(default: cpu)")
     it.add_argument("--seeds", type=int, default=3, help="(default: 3)")
@@ -69,8 +73,14 @@ def run(arguments):
     if not arguments.data or not arguments.output:
         raise SystemExit("--data and --output are needed to run cells")
     output = Path(arguments.output).resolve()
-    paths = {"parts": str(output / "parts"), "data": arguments.data, "aligned": str(output / "aligned" / "model")}
+    paths = {
+        "parts": str(output / "parts"),
+        "data": arguments.data,
+        "chat": arguments.model,
+        "aligned": str(output / "aligned" / "model"),
+    }
     prepare(recipe, paths, output)
+    Path(arguments.results).mkdir(parents=True, exist_ok=True)
     write_json(
         Path(arguments.results, "recipe.json"),
         {"recipe": asdict(recipe), "versions": versions(), "git_commit": git_commit(), "jobs": arguments.jobs},
@@ -102,13 +112,14 @@ def prepare(recipe, paths, output):
     from surgery.finetune import TrainConfig, run_training
     from surgery.models import load_model
 
-    split(paths["data"], paths["parts"], load_model("demo")[1], recipe)
+    split(paths["data"], paths["parts"], load_model(paths["chat"])[1], recipe)
     if Path(paths["aligned"]).is_dir():
         return
     parts, folder = Path(paths["parts"]), output / "aligning"
     # of a run that was cut off
     shutil.rmtree(folder, ignore_errors=True)
     train = TrainConfig(
+        model=paths["chat"],
         data=str(parts / "align.jsonl"),
         harmful=str(parts / "probe_harmful.jsonl"),
         refusal=str(parts / "probe_refusal.jsonl"),

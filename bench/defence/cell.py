@@ -34,13 +34,13 @@ def run_cell(cell, recipe, paths):
 
     Args:
         cell: Cell. recipe: Recipe.
-        paths: dict: folder of the cell, parts (see splits.py), data, aligned (the model that start="aligned" means).
+        paths: dict: folder of the cell, parts (see splits.py), data, and the models of both starts, chat and aligned.
     """
     folder = Path(paths["folder"])
     # an earlier try that was cut off; answers go on from where they stopped
     shutil.rmtree(folder / RUN, ignore_errors=True)
     result = {"key": cell.key, **cell.to_dict(), "method": cell.method}
-    start = "demo" if cell.start == "chat" else paths["aligned"]
+    start = paths[cell.start]
     if cell.defence == "none":
         model, tokenizer = load_model(start)
         model.to(pick_device())

@@ -14,7 +14,8 @@ LAMBDA = "surgery lambda_sink="
 
 def draw(results, rows, folder):
     """Write every figure that the results allow. Returns their paths."""
-    return [path for path in (by_poison(rows, folder), by_lambda(rows, folder), heads(results, folder)) if path]
+    made = by_poison(rows, folder), by_lambda(rows, folder), heads(results, folder), against_divergence(rows, folder)
+    return [path for path in made if path]
 
 
 def by_poison(rows, folder):
@@ -93,6 +94,24 @@ def heads(results, folder):
         ax.set_ylim(bottom=0)
     axes[1].legend(frameon=False, fontsize=6)
     return _save(figure, folder, "heads.png")
+
+
+def against_divergence(rows, folder):
+    """Refusals against the divergence that the regulariser lowers: one point a row of the table."""
+    found = [row for row in rows if row["start"] == MAIN]
+    if len(found) < 3:
+        return None
+    figure, axes = _figure(2)
+    names = {"positive_heads": "heads with d > 0, held out", "mean_relu_divergence": "mean relu(d), held out"}
+    for ax, (name, label) in zip(axes, names.items(), strict=True):
+        for number, method in enumerate(dict.fromkeys(row["method"].split()[0] for row in found)):
+            mine = [row for row in found if row["method"].split()[0] == method]
+            ax.scatter(
+                [row[name] for row in mine], [row["refusal"] for row in mine], s=16, label=method, color=f"C{number}"
+            )
+        ax.set(xlabel=label, ylabel="refusals, StrongREJECT")
+    axes[1].legend(frameon=False, fontsize=8)
+    return _save(figure, folder, "divergence.png")
 
 
 def _figure(panels):

@@ -144,18 +144,19 @@ CORE = (
 )
 REST = (
     *({"defence": name, "poison": p} for p in POISON if p != MIDDLE for name in ("plain", "surgery", "refusal_mixing")),
-    {"defence": "surgery", "surgery": {"lambda_sink": 30000.0}},
-    {"defence": "surgery", "surgery": {"lambda_sink": 30.0}},
+    *({"defence": "surgery", "surgery": {"lambda_sink": weight}} for weight in (30.0, 3.0, 30000.0)),
     {"defence": "surgery", "surgery": {"preset": "upstream"}},
     {"defence": "lisa", "train": {"lisa_alignment_steps": 4, "lisa_task_steps": 16}},
     {"defence": "constrained"},
     # as many refusals as poisoned rows
     {"defence": "refusal_mixing", "train": {"mixing_ratio": 0.1}},
-    # why it may not help: a start with little to lose, the rows that count, a noisy probe, another sink
-    *({"start": "chat", "defence": name} for name in ("plain", "surgery", "refusal_mixing")),
+    # why it may not help: a rate that moves everything, the rows that count, a noisy probe, another sink
+    *({"defence": name, "train": {"learning_rate": 1e-5}} for name in ("plain", "surgery")),
     {"defence": "surgery", "surgery": {"rows": "response"}},
     {"defence": "surgery", "surgery": {"pairs_per_step": 8}},
     {"defence": "surgery", "surgery": {"sinks": 4}},
+    # a start with little to lose
+    *({"start": "chat", "defence": name} for name in ("plain", "surgery", "refusal_mixing")),
     # weights that cannot move: the released code trains them in bfloat16 at this rate
     *(
         {"defence": name, "train": {"learning_rate": 5e-6, **dtype}}

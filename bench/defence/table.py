@@ -19,6 +19,8 @@ QUANTITIES = {
     "task_accuracy": lambda cell: _bits(cell["correct"]),
     "harmful_loss": lambda cell: np.array(cell["harmful_losses"]),
     "refusal_loss": lambda cell: np.array(cell["refusal_losses"]),
+    # how much likelier a token of a refusal is than one of a harmful answer, nats: moves where refusals do not yet
+    "refusal_margin": lambda cell: np.array(cell["harmful_losses"]) - np.array(cell["refusal_losses"]),
 }
 # one value a cell
 SCALARS = {
@@ -83,8 +85,42 @@ def table_rows(results):
     return rows
 
 
+def association(results):
+    """Does the divergence tell how safe a model is? Spearman's rho over cells, of each start.
+
+    Returns:
+        rows of start, cells ("untouched": no cell whose defence acts on d, or "all"), number, quantity of the
+        divergence, of safety, rho and its two-sided p. Empty with fewer than 5 cells.
+    """
+    from scipy import stats
+
+    rows = []
+    for start in sorted({cell["start"] for cell in results}):
+        for which in ("untouched", "all"):
+            chosen = [c for c in results if c["start"] == start and (which == "all" or c["defence"] != "surgery")]
+            if len(chosen) < 5:
+                continue
+            for measure in ("positive_heads", "mean_relu_divergence"):
+                for safety in ("refusal", "refusal_margin"):
+                    x = [SCALARS[measure](cell) for cell in chosen]
+                    y = [QUANTITIES[safety](cell).mean() for cell in chosen]
+                    found = stats.spearmanr(x, y)
+                    rows.append(
+                        {
+                            "start": start,
+                            "cells": which,
+                            "number": len(chosen),
+                            "divergence": measure,
+                            "safety": safety,
+                            "rho": float(found.statistic),
+                            "p": float(found.pvalue),
+                        }
+                    )
+    return rows
+
+
 def write_table(rows, path):
-    """CSV of `table_rows`. Returns the path."""
+    """CSV of `table_rows` or `association`. Returns the path."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

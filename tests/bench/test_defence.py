@@ -189,6 +189,19 @@ def test_a_cell_counted_twice_is_an_error():
         table.table_rows(results)
 
 
+def test_association_leaves_out_cells_whose_divergence_was_trained():
+    results = []
+    for seed in range(6):
+        plain, surgery = fake("plain", seed, [1] * seed + [0] * (6 - seed), 1.0), fake("surgery", seed, [0] * 6, 1.0)
+        # more positive heads, fewer refusals
+        plain["divergence"]["positive_heads"], surgery["divergence"]["positive_heads"] = 9 - seed, seed
+        results += [plain, surgery]
+    found = {row["cells"]: row for row in table.association(results) if row["divergence"] == "positive_heads"
+             and row["safety"] == "refusal"}  # fmt: skip
+    assert found["untouched"]["rho"] == pytest.approx(-1) and found["untouched"]["number"] == 6
+    assert found["all"]["number"] == 12 and found["all"]["rho"] > -0.9
+
+
 def test_command_skips_cells_that_are_there(tmp_path, capsys):
     for poison in (0.1, 0.2):
         for method in ("plain", "surgery", "surgery 30"):
@@ -199,7 +212,7 @@ def test_command_skips_cells_that_are_there(tmp_path, capsys):
     assert "aligned p=0.1 plain seed=0" not in missing and "aligned p=0.05 plain seed=0" in missing
     command.main(["--results", str(tmp_path), "--table"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        table.CELLS, "table.csv", "poison.png", "lambda.png", "heads.png"
+        table.CELLS, "table.csv", "association.csv", "poison.png", "lambda.png", "heads.png", "divergence.png"
     }  # fmt: skip
 
 
