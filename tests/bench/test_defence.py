@@ -9,7 +9,7 @@ from tiny import rows, tiny_model, tiny_tokenizer
 
 from bench.defence import __main__ as command
 from bench.defence import cell as one_cell
-from bench.defence import figures, splits, table
+from bench.defence import figures, gradients, splits, table
 from bench.defence.grid import CORE, RECIPES, Cell, cells
 from surgery.data import read_rows
 
@@ -218,3 +218,29 @@ def test_command_skips_cells_that_are_there(tmp_path, capsys):
 
 def test_figures_need_more_than_one_point(tmp_path):
     assert figures.by_lambda(table.table_rows([fake("plain", 0, [0, 1], 1.0)]), tmp_path) is None
+
+
+def test_gradients_agree_for_equal_rows_only(data, parts, tmp_path):
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "model").symlink_to(data / "model")
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "task.jsonl", read_rows(parts / "task.jsonl"))
+    for equal in (True, False):
+        for side, seed in (("harmful", 5), ("refusal", 6)):
+            found = rows(40, seed, response_words=9)
+            write(tmp_path / "parts" / f"probe_{side}.jsonl", [found[0]] * 40 if equal else found)
+        task, few, more = gradients.gradient_rows(tmp_path, TINY, [1, 4], 2, many=16)
+        assert task["what"] == "task" and task["norm"] > 0 and few["norm"] > 0
+        for row in (few, more):
+            assert (row["cosine_of_draws"] > 0.99) == (row["cosine_with_many"] > 0.99) == equal
+    with pytest.raises(ValueError, match="disjoint draws need 96"):
+        list(gradients.gradient_rows(tmp_path, TINY, [40], 2, many=16))
+
+
+def test_a_gradient_is_that_of_the_penalty():
+    import torch
+
+    model = torch.nn.Linear(3, 1, bias=False)
+    model.weight.grad = torch.tensor([[1.0, 2.0, 2.0]])
+    found = gradients.take_gradient(model)
+    assert found.norm() == 3 and model.weight.grad is None and gradients.cosine(found, 2 * found) == pytest.approx(1)
