@@ -144,23 +144,23 @@ CORE = (
 )
 REST = (
     *({"defence": name, "poison": p} for p in POISON if p != MIDDLE for name in ("plain", "surgery", "refusal_mixing")),
-    *({"defence": "surgery", "surgery": {"lambda_sink": weight}} for weight in (30.0, 3.0, 30000.0)),
+    *({"defence": "surgery", "surgery": {"lambda_sink": weight}} for weight in (30.0, 3.0)),
     {"defence": "surgery", "surgery": {"preset": "upstream"}},
+    # why it may not help: a rate that moves everything
+    *({"defence": name, "train": {"learning_rate": 1e-5}} for name in ("plain", "surgery")),
     {"defence": "lisa", "train": {"lisa_alignment_steps": 4, "lisa_task_steps": 16}},
     {"defence": "constrained"},
-    # as many refusals as poisoned rows
-    {"defence": "refusal_mixing", "train": {"mixing_ratio": 0.1}},
-    # why it may not help: a rate that moves everything, the rows that count, a noisy probe, another sink
-    *({"defence": name, "train": {"learning_rate": 1e-5}} for name in ("plain", "surgery")),
-    {"defence": "surgery", "surgery": {"rows": "response"}},
+    # weights that cannot move: the released code trains them in bfloat16 at this rate
+    *({"defence": "plain", "train": {"learning_rate": 5e-6, **dtype}} for dtype in ({}, {"weights": "bfloat16"})),
+    {"defence": "surgery", "train": {"learning_rate": 5e-6, "weights": "bfloat16"}},
+    # a noisy probe, the rows that count
     {"defence": "surgery", "surgery": {"pairs_per_step": 8}},
-    {"defence": "surgery", "surgery": {"sinks": 4}},
+    {"defence": "surgery", "surgery": {"rows": "response"}},
     # a start with little to lose
     *({"start": "chat", "defence": name} for name in ("plain", "surgery", "refusal_mixing")),
-    # weights that cannot move: the released code trains them in bfloat16 at this rate
-    *(
-        {"defence": name, "train": {"learning_rate": 5e-6, **dtype}}
-        for name in ("plain", "surgery")
-        for dtype in ({}, {"weights": "bfloat16"})
-    ),
+    # as many refusals as poisoned rows
+    {"defence": "refusal_mixing", "train": {"mixing_ratio": 0.1}},
+    {"defence": "surgery", "surgery": {"lambda_sink": 30000.0}},
+    {"defence": "surgery", "surgery": {"sinks": 4}},
+    {"defence": "surgery", "train": {"learning_rate": 5e-6}},
 )
