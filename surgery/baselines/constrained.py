@@ -55,14 +55,14 @@ def constrained_loss(logits, labels, reference, betas):
         reference: [B, T] fp32, log pi_aligned of each label; read where the label is one.
         betas: [n] fp32.
     Returns:
-        scalar fp32.
+        scalar fp32, 0 without a predicted token.
     """
     predicted = labels[:, 1:] != -100
     number = (predicted.cumsum(1) - 1).clamp(0, len(betas) - 1)
     beta = betas[number]
     margin = beta * (token_logps(logits, labels) - reference[:, 1:])
     losses = -2 / beta * F.logsigmoid(margin)
-    return losses[predicted].mean()
+    return (losses * predicted).sum() / predicted.sum().clamp(min=1)
 
 
 @torch.no_grad()

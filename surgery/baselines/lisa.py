@@ -4,7 +4,8 @@
     task state         min_w  loss(task)     + rho / 2 |w - w_switch|^2        lisa_task_steps optimizer steps
 
 w_switch is the other state's last iterate: the weights at the start of the current state. The released code leaves
-the proximal term out during the first tenth of the steps, which the paper's formulas do not; nor do we.
+the proximal term out during the first tenth of the steps, which the paper's formulas do not, nor do we; and it counts
+micro-batches where we count optimizer steps.
 """
 
 import math

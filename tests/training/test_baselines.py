@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,6 +363,13 @@ def test_constrained_leaves_a_token_alone_that_has_become_likelier():
         torch.testing.assert_close(found[0], truth[0] * scale[:, None], rtol=1e-5, atol=1e-7)
 
 
+def test_constrained_loss_of_no_token_is_zero():
+    logits = torch.randn(1, 3, 17, requires_grad=True)
+    loss = constrained_loss(logits, torch.tensor([[4, -100, -100]]), torch.zeros(1, 3), torch.tensor([2.0]))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
 @pytest.mark.parametrize("trained", ("full", "lora"))
 def test_constrained_trainer_divides_by_the_accumulation(tmp_path, trained):
     """Gradient of each step: the mean of two micro-batches' written-out losses, at the weights of that step."""
@@ -569,6 +577,28 @@ def test_fsdp_is_refused(folder, tmp_path, monkeypatch):
     for defence in ("lisa", "constrained"):
         with pytest.raises(ValueError, match="no fsdp"):
             train_config(folder, tmp_path / "run", defence, fsdp=True)
+
+
+@pytest.mark.parametrize("engine", ("fsdp", "deepspeed", "scaler"))
+@pytest.mark.parametrize("mixin", (LisaMixin, ConstrainedMixin))
+def test_engines_that_a_launcher_chose_are_refused(mixin, engine):
+    """`accelerate launch` sets them behind TrainConfig's back."""
+
+    class Engine:
+        is_fsdp_enabled, is_deepspeed_enabled = engine == "fsdp", engine == "deepspeed"
+        accelerator = SimpleNamespace(scaler=object() if engine == "scaler" else None)
+        args = SimpleNamespace(device="cpu")
+
+    trainer = type("DefenceTrainer", (mixin, Engine), {})
+    options = (
+        {"alignment": [], "alignment_steps": 1, "task_steps": 1, "rho": 1.0} if mixin is LisaMixin else {"betas": (1,)}
+    )
+    if (mixin, engine) == (ConstrainedMixin, "scaler"):
+        # the loss may be scaled: nothing is added to gradients
+        trainer(**options)
+        return
+    with pytest.raises(ValueError, match="no fp16" if engine == "scaler" else "no FSDP, no DeepSpeed"):
+        trainer(**options)
 
 
 def test_no_defence_and_two_defences_are_refused(folder, tmp_path):
