@@ -141,11 +141,11 @@ CORE = (
     {"defence": "surgery"},
     {"defence": "refusal_mixing"},
     {"defence": "surgery", "surgery": {"lambda_sink": 3000.0}},
+    {"defence": "surgery", "surgery": {"preset": "upstream"}},
 )
 REST = (
     *({"defence": name, "poison": p} for p in POISON if p != MIDDLE for name in ("plain", "surgery", "refusal_mixing")),
     *({"defence": "surgery", "surgery": {"lambda_sink": weight}} for weight in (30.0, 3.0)),
-    {"defence": "surgery", "surgery": {"preset": "upstream"}},
     # why it may not help: a rate that moves everything
     *({"defence": name, "train": {"learning_rate": 1e-5}} for name in ("plain", "surgery")),
     {"defence": "lisa", "train": {"lisa_alignment_steps": 4, "lisa_task_steps": 16}},
