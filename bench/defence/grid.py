@@ -155,7 +155,7 @@ REST = (
     {"defence": "surgery", "train": {"learning_rate": 5e-6, "weights": "bfloat16"}},
     # a noisy probe, the rows that count
     {"defence": "surgery", "surgery": {"pairs_per_step": 8}},
-    {"defence": "surgery", "surgery": {"rows": "response"}},
+    {"defence": "surgery", "surgery": {"rows": "response", "max_length": 256}},
     # a start with little to lose
     *({"start": "chat", "defence": name} for name in ("plain", "surgery", "refusal_mixing")),
     # as many refusals as poisoned rows
