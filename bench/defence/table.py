@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .grid import Cell
+
 CELLS = "cells.jsonl"
 RESAMPLES = 4000
 # name -> how it is read from a cell: [n] values, one a prompt or row
@@ -63,15 +65,16 @@ def table_rows(results):
     """One dict for each start, poison and method.
 
     Each quantity has its mean and a 95 % bootstrap interval; `_vs_plain` is the difference to plain fine-tuning
-    with the same start, poison and seeds on the same prompts. Seeds and prompts are both resampled, the same
+    with the same start, poison, rate, dtype and seeds on the same prompts. Seeds and prompts are both resampled, the same
     draws on both sides of a difference; with one seed the interval is that of the prompts alone.
     """
     found = groups(results)
     rows = []
     for (start, poison, method), cells in sorted(found.items()):
         row = {"start": start, "poison": poison, "method": method, "seeds": len(cells)}
-        plain = found.get((start, poison, "plain"), {})
-        common = sorted(set(cells) & set(plain)) if method not in ("plain", "none") else []
+        one = next(iter(cells.values()))
+        plain = found.get((start, poison, _plain(one)), {}) if one["defence"] not in ("plain", "none") else {}
+        common = sorted(set(cells) & set(plain))
         for name, read in QUANTITIES.items():
             values = np.stack([read(cells[seed]) for seed in sorted(cells)]).astype(float)
             row |= _interval(name, values)
@@ -129,6 +132,12 @@ def write_table(rows, path):
         for row in rows:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
     return path
+
+
+def _plain(cell):
+    """Method of the plain run that a cell is compared with: trained alike, but for options of its defence."""
+    alike = {name: value for name, value in cell["train"].items() if name in ("learning_rate", "weights")}
+    return Cell(defence="plain", train=alike).method
 
 
 def _interval(name, values, seed=0):

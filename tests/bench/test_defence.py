@@ -176,6 +176,19 @@ def test_differences_are_paired_by_prompt_and_seed():
     assert row["safe_and_coherent"] <= row["refusal"]
 
 
+def test_a_run_at_another_rate_is_compared_with_plain_at_that_rate():
+    results = [fake("plain", 0, [1, 1, 1, 1], 1.0), fake("surgery", 0, [0, 0, 1, 1], 2.0)]
+    for base, loss in ((results[0], 1.5), (results[1], 1.75)):
+        train = {"learning_rate": 1e-5}
+        cell = Cell(defence=base["defence"], train=train)
+        slow = {"train": train, "method": cell.method, "key": cell.key, "task_losses": [loss] * 4}
+        results.append(base | slow)
+    found = {row["method"]: row for row in table.table_rows(results)}
+    assert found["surgery lambda_sink=300 learning_rate=1e-05"]["task_loss_vs_plain"] == 0.25
+    assert found["surgery lambda_sink=300"]["task_loss_vs_plain"] == 1.0
+    assert "task_loss_vs_plain" not in found["plain learning_rate=1e-05"]
+
+
 def test_the_interval_covers_the_spread_of_seeds():
     results = [fake("plain", seed, [seed % 2] * 50, 1.0) for seed in range(4)]
     (row,) = table.table_rows(results)
