@@ -71,28 +71,30 @@ def by_lambda(rows, folder):
 
 
 def heads(results, folder):
-    """Heads with d > 0 and the penalty over training, means over seeds at the middle ratio."""
-    runs = {}
-    for cell in results:
-        if cell["start"] == MAIN and cell["poison"] == MIDDLE and "positive_heads_by_step" in cell:
-            runs.setdefault(cell["method"], []).append(cell)
+    """Heads with d > 0 and mean relu(d) over training, the first seed at the middle ratio: all saw the same probes."""
+    runs = {
+        cell["method"]: cell
+        for cell in results
+        if cell["start"] == MAIN and cell["poison"] == MIDDLE and cell["seed"] == 0
+        if "positive_heads_by_step" in cell and "learning_rate" not in cell["train"]
+    }
     if not runs:
         return None
-    figure, axes = _figure(2)
+    figure, axes = _figure(2, legend=2.6)
     names = {
         "positive_heads_by_step": "heads with d > 0, probe pairs of the step",
         "mean_relu_divergence_by_step": "mean relu(d)",
     }
     for ax, (name, label) in zip(axes, names.items(), strict=True):
-        for number, (method, cells) in enumerate(runs.items()):
-            values = np.mean([cell[name] for cell in cells], 0)
+        for number, (method, cell) in enumerate(runs.items()):
+            values = np.array(cell[name], dtype=float)
             # a step is a few texts: a moving average shows the trend
             smooth = np.convolve(values, np.ones(7) / 7, "valid")
             steps = np.arange(len(smooth)) + 4
             ax.plot(steps, smooth, label=method, linewidth=1.2, color=f"C{number % 10}", linestyle="-:"[number >= 10])
         ax.set(xlabel="optimizer step, moving average over 7", ylabel=label)
         ax.set_ylim(bottom=0)
-    axes[1].legend(frameon=False, fontsize=6)
+    axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, folder, "heads.png")
 
 
@@ -110,12 +112,13 @@ def against_divergence(rows, folder):
                 [row[name] for row in mine], [row["refusal"] for row in mine], s=16, label=method, color=f"C{number}"
             )
         ax.set(xlabel=label, ylabel="refusals, StrongREJECT")
+        ax.ticklabel_format(axis="x", scilimits=(-2, 3))
     axes[1].legend(frameon=False, fontsize=8)
     return _save(figure, folder, "divergence.png")
 
 
-def _figure(panels):
-    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+def _figure(panels, legend=0.0):
+    figure = Figure(figsize=(4.6 * panels + legend, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels)
 

@@ -65,8 +65,8 @@ def table_rows(results):
     """One dict for each start, poison and method.
 
     Each quantity has its mean and a 95 % bootstrap interval; `_vs_plain` is the difference to plain fine-tuning
-    with the same start, poison, rate, dtype and seeds on the same prompts. Seeds and prompts are both resampled, the same
-    draws on both sides of a difference; with one seed the interval is that of the prompts alone.
+    with the same start, poison, rate, dtype and seeds on the same prompts. Seeds and prompts are both resampled, the
+    same draws on both sides of a difference; with one seed the interval is that of the prompts alone.
     """
     found = groups(results)
     rows = []
