@@ -91,7 +91,8 @@ class SurgeryConfig:
 
         The released code compares harmful with merely *safe* answers (BeaverTails is_safe rows), not refusals. That
         contrast leaves the penalty hardly anything to act on: on SmolLM2-135M-Instruct 4 of 270 heads are positive
-        at p < 0.05 (178 negative), against 24 (122) with refusals (bench/results/cpu/measure).
+        at p < 0.05 (178 negative), against 24 (122) with refusals (bench/results/cpu/measure). Trained with it, that
+        model refused two thirds of harmless requests too (bench/results/cpu/defence): read over-refusals with refusals.
         """
         return cls(**{**UPSTREAM, "preset": "upstream", **options})
 
