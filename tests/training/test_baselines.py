@@ -442,7 +442,7 @@ def test_compiled_equals_uncompiled(tmp_path, defence):
         examples = examples_of(ROWS["data"])
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         if defence == "lisa":
-            mixin, more = LisaMixin, {"alignment": examples[:5], "alignment_steps": 1, "task_steps": 2, "rho": 1.0}
+            mixin, more = LisaMixin, {"alignment": examples[:5], "alignment_steps": 1, "task_steps": 1, "rho": 1.0}
         else:
             mixin, more = ConstrainedMixin, {"betas": (0.5, 2.0)}
             references = aligned_logps(model, examples, collator, 4, autocast=False)
@@ -450,7 +450,7 @@ def test_compiled_equals_uncompiled(tmp_path, defence):
             collator = ReferenceCollator(collator)
         trainer = type("DefenceTrainer", (mixin, Trainer), {})(
             model,
-            arguments(tmp_path / str(compiled), max_steps=3, bf16=True, learning_rate=1e-3, **options),
+            arguments(tmp_path / str(compiled), max_steps=2, bf16=True, learning_rate=1e-3, **options),
             train_dataset=examples,
             data_collator=collator,
             **more,
