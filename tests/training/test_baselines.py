@@ -233,7 +233,8 @@ def test_lisa_equals_a_written_out_loop(tmp_path, trained):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         expected.append(loss.item())
-    assert losses(trainer) == pytest.approx(expected, rel=1e-5)
+    # transformers 4 logs four decimals
+    assert losses(trainer) == pytest.approx(expected, rel=1e-5, abs=5.1e-5)
     found = weights(trainer)
     for name, p in model.named_parameters():
         torch.testing.assert_close(
