@@ -4,7 +4,6 @@ Each stage is a process of its own, so that peak memory is that stage's.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,11 +83,12 @@ def _before(options):
 def _train(options, name):
     from .finetune import run_training
     from .models import pick_device
+    from .run_costs import StepClock, peak_bytes
 
     surgery = None if name == "plain" else _surgery_config(options)
-    clock = _step_clock()
+    clock = StepClock()
     trainer = run_training(_train_config(options, name), surgery, progress=False, callbacks=[clock])
-    peak = _peak_bytes()
+    peak = peak_bytes()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     result = _measure(trainer.model.to(pick_device()), trainer.processing_class)
     result |= {"train_loss": losses[-1], "peak_bytes": peak, "step_seconds": statistics.median(clock.seconds)}
@@ -104,6 +104,7 @@ def _paper(options):
     from .finetune import task_rows
     from .models import load_model, pick_device
     from .paper_way import eager_attention, paper_penalty
+    from .run_costs import peak_bytes
 
     train, config = _train_config(options, "paper"), _surgery_config(options)
     model, tokenizer = load_model("demo")
@@ -130,7 +131,7 @@ def _paper(options):
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
     # the first step warms up
-    return {"step_seconds": statistics.median(seconds[1:]), "peak_bytes": _peak_bytes()}
+    return {"step_seconds": statistics.median(seconds[1:]), "peak_bytes": peak_bytes()}
 
 
 def _train_config(options, name):
@@ -204,33 +205,6 @@ def _mean_loss(model, examples):
             for example in examples
         ]
     return statistics.fmean(losses)
-
-
-def _step_clock():
-    from transformers import TrainerCallback
-
-    class StepClock(TrainerCallback):
-        """Seconds of each optimizer step; comes before the regulariser's callback."""
-
-        def __init__(self):
-            self.seconds = []
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.started = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.seconds.append(time.perf_counter() - self.started)
-
-    return StepClock()
-
-
-def _peak_bytes():
-    """Peak of this process: allocated on the GPU, resident on the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv=None):

@@ -4,15 +4,13 @@ The folder of a cell holds answers and must stay out of the repository; result.j
 """
 
 import json
-import resource
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers import DataCollatorForSeq2Seq
 
 from surgery.config import SurgeryConfig
 from surgery.data import RowEncoder, read_rows, task_examples
@@ -21,6 +19,7 @@ from surgery.evaluation.evaluate import answer_sets, evaluate_tasks, judge_all, 
 from surgery.finetune import TrainConfig, run_training
 from surgery.measure import measure
 from surgery.models import load_model, pick_device
+from surgery.run_costs import StepClock, peak_bytes
 from surgery.run_files import read_history, write_json
 
 from .grid import PAPER_LAMBDA, Cell, Recipe
@@ -184,26 +183,6 @@ def changed_share(model, start):
 
 def autocast():
     return torch.autocast(pick_device().type, torch.bfloat16)
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each optimizer step; comes before the regulariser's callback, whose probe is part of the step."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-def peak_bytes():
-    """Peak of this process: allocated on the GPU, resident on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv=None):
