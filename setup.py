@@ -89,6 +89,7 @@ setup(
         "surgery": ["demo_data/*.jsonl", "demo_data/README.md"],
         "surgery.evaluation": ["templates/*", "tasks/*.yaml"],
         "surgery_kernels.backends": ["choice.csv"],
+        "surgery_kernels.backends.triton": ["ptxas.csv"],
         "surgery_kernels.csrc": ["*.cu", "*.cuh", "*.h"],
     },
     **cuda_build(),

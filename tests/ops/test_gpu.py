@@ -206,15 +206,16 @@ def test_autocast():
 
 def test_self_check_accepts_the_tables(caplog):
     """Every kernel of the default tables computes correctly on this device, so none is replaced."""
-    from surgery_kernels.backends.triton import configs, self_check
+    from surgery_kernels.backends.triton import configs, run, self_check
 
     capability = torch.cuda.get_device_capability()
     for head_dim in (64, 80, 96, 128, 256):
         like = torch.empty(1, 1, 1, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        inputs = sk.make_inputs(like, like, like)
         for kernel in configs.KERNELS:
             if kernel == "bwd" and head_dim > configs.MAX_SINGLE_PASS:
                 continue
-            config = configs.choose(kernel, capability, head_dim, 2)[0]
+            config = run.choices(kernel, capability, inputs)[0]
             errors = self_check.errors(kernel, like, config)
             assert all(error <= 1.0 for error in errors.values()), (kernel, head_dim, config, errors)
 

@@ -4,6 +4,8 @@ import logging
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import surgery_kernels as sk
@@ -11,7 +13,7 @@ import torch
 from triton_cases import DEVICE, Case, interpreter  # noqa: F401
 
 pytest.importorskip("triton")
-from surgery_kernels.backends.triton import configs, launch, run, self_check, tune
+from surgery_kernels.backends.triton import configs, launch, ptxas, run, self_check, tune
 from surgery_kernels.backends.triton.configs import TileConfig
 
 CHUNKS = {1: (16, 0), 16: (16, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 112: (128, 0)}
@@ -59,6 +61,84 @@ def test_tuned_tiles_come_first(tmp_path):
     assert configs.choose("fwd", (9, 0), 128, 2, tuned) == (best, *built_in)
     for other in (("fwd", (8, 0), 128, 2), ("fwd", (9, 0), 64, 2), ("dkdv", (9, 0), 128, 2), ("fwd", (9, 0), 128, 4)):
         assert configs.choose(*other, tuned) == configs.choose(*other)
+
+
+def test_a_tuned_row_keeps_what_ptxas_was_told(tmp_path):
+    path, best = tmp_path / "tiles.json", TileConfig(64, 32, 8, 4, 168, 10)
+    tune.write(path, (9, 0), "dq", 128, 2, best)
+    assert configs.choose("dq", (9, 0), 128, 2, configs.read_tiles(str(path)))[0] == best
+
+
+def inputs_of(head_dim=128, dtype=torch.bfloat16, length=32, **options):
+    q = torch.empty(2, length, 4, head_dim, dtype=dtype)
+    return sk.make_inputs(q, q[:, :, :2], q[:, :, :2], **options)
+
+
+def test_ptxas_table_is_in_range():
+    for (release, arch, kernel, head_dim), (level, *caps) in ptxas.read_table().items():
+        assert release in ("3.6", "3.8") and arch in configs.TABLES and kernel in configs.KERNELS
+        assert head_dim <= configs.MAX_HEAD_DIM and level in range(11)
+        assert all(cap == 0 or 32 < cap <= 255 for cap in caps)
+        assert (level, *caps) != (5, 0, 0)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A ptxas table of one row."""
+    monkeypatch.setattr(ptxas, "read_table", lambda: {("3.8", 90, "dq", 128): (10, 168, 160)})
+
+
+@pytest.mark.parametrize("stats, cap", [((), 168), (("sink_mass",), 160)])
+def test_options_of_ptxas(told, stats, cap):
+    """They are those of the release, architecture, kernel, head dim and statistic, and come before the row without."""
+    inputs = inputs_of(stats=stats)
+    options = ptxas.options_of("dq", (9, 0), inputs, "3.8.1")
+    assert options == {"register_usage": 10, "max_registers": cap}
+    stock = configs.choose("dq", (9, 0), 128, 2)
+    best = replace(stock[0], **options)
+    assert configs.choose("dq", (9, 0), 128, 2, ptxas=options) == (best, *stock)
+    tuned = {configs.tile_key((9, 0), "dq", 128, 2): stock[-1]}
+    assert configs.choose("dq", (9, 0), 128, 2, tuned, options)[:2] == (stock[-1], best)
+    for other in (("fwd", (9, 0), "3.8.0"), ("dq", (8, 0), "3.8.0"), ("dq", (9, 0), "3.7.0"), ("dq", None, "3.8.0")):
+        assert ptxas.options_of(other[0], other[1], inputs, other[2]) == {}
+    for strange in (inputs_of(64, stats=stats), inputs_of(dtype=torch.float32, stats=stats)):
+        assert ptxas.options_of("dq", (9, 0), strange, "3.8.0") == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 2.0},
+        {"causal": False},
+        {"length": 33},
+        {"window_size": (8, 0)},
+        {"stats": ("entropy",)},
+        {"stats": ("sink_mass", "max_logit")},
+        {"sinks": torch.zeros(2, 1, dtype=torch.int32)},
+        {"leftpad_k": torch.ones(2, dtype=torch.int32)},
+        {"seqused_k": torch.ones(2, dtype=torch.int32)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_caps_are_for_what_was_compiled_under_them(told, options):
+    """Elsewhere a cap may spill; the level stays."""
+    assert ptxas.options_of("dq", (9, 0), inputs_of(**options), "3.8.0") == {"register_usage": 10, "max_registers": 0}
+
+
+def test_options_reach_the_compiler():
+    inputs, dout, rows = tune.problem(16, torch.float32, DEVICE, length=20, tokens=20, n_heads=1, n_kv=1)
+    expected = {"maxnreg": 128, "ptx_options": "--register-usage-level=10"}
+    for told, options in (((), {}), ((128, 10), expected)):
+        made = run.launch_of("dq", inputs, TileConfig(16, 16, 4, 1, *told), dout, rows)
+        assert made.options == {"num_warps": 4, "num_stages": 1} | options
+
+
+def test_backend_asks_for_the_options(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "options_of", lambda *args: asked.append(args) or {"register_usage": 0})
+    inputs = inputs_of()
+    assert run.choices("fwd", (9, 0), inputs)[0].register_usage == 0
+    assert asked == [("fwd", (9, 0), inputs, metadata.version("triton"))]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"sm_90 fwd": "64 32"}', '{"sm_90 fwd": "a b c d"}'])

@@ -6,7 +6,7 @@ the architecture's limit. Nothing here has been timed on a GPU.
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # "bwd" is the single-pass backward
@@ -18,12 +18,15 @@ MAX_SINGLE_PASS = 128
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tiles of block_m query rows and block_n keys, warps of a program, stages of its software pipeline."""
+    """Tiles of block_m query rows and block_n keys, warps of a program, stages of its software pipeline; the most
+    registers that a thread may get (0: as many as ptxas likes), and ptxas's --register-usage-level (5 is its own)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+    register_usage: int = 5
 
 
 def _rows(**kernels):
@@ -80,9 +83,15 @@ TABLES = {
     ),
     # 227 KiB, tcgen05
     100: _rows(
-        fwd={32: "128 128 8 2", 64: "128 128 8 3", 128: "128 64 8 3", 192: "128 64 8 2", 256: "128 32 8 2"},
+        fwd={
+            32: "128 64 4 3",
+            64: "128 128 8 3",
+            128: "128 64 8 3",
+            192: "128 64 8 2",
+            256: "128 32 8 2",
+        },
         dkdv={64: "64 128 8 3", 96: "64 64 8 3", 128: "64 128 8 3", 192: "64 64 8 2", 256: "32 64 8 2"},
-        dq={32: "128 64 8 3", 64: "64 64 8 3", 96: "128 64 8 3", 128: "128 64 4 3", 256: "64 64 8 2"},
+        dq={32: "128 64 8 3", 64: "64 64 8 3", 80: "128 64 4 4", 128: "128 64 4 3", 256: "64 64 8 2"},
         bwd={64: "64 128 8 2", 128: "64 64 8 2"},
     ),
 }
@@ -138,7 +147,8 @@ def read_tiles(path):
     """The rows that tune.py wrote: {tile_key: TileConfig}.
 
     Raises:
-        ValueError: the file is missing, is not JSON, or a row is no "block_m block_n num_warps num_stages".
+        ValueError: the file is missing, is not JSON, or a row is not "block_m block_n num_warps num_stages", with or
+            without a fifth and a sixth number, max_registers and register_usage.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -149,7 +159,7 @@ def read_tiles(path):
         ) from error
 
 
-def choose(kernel, capability, head_dim, itemsize, tuned=None):
+def choose(kernel, capability, head_dim, itemsize, tuned=None, ptxas=None):
     """Configurations to try, best first.
 
     Args:
@@ -158,6 +168,7 @@ def choose(kernel, capability, head_dim, itemsize, tuned=None):
         head_dim: in [1, MAX_HEAD_DIM], for "bwd" in [1, MAX_SINGLE_PASS].
         itemsize: bytes of an element of q.
         tuned: rows of `read_tiles`, which come first.
+        ptxas: fields of the built-in row, see ptxas.py; the row comes without them, too.
     Returns:
         tuple of TileConfig.
     """
@@ -165,5 +176,6 @@ def choose(kernel, capability, head_dim, itemsize, tuned=None):
         return (INTERPRETER,)
     table = (FP32 if itemsize == 4 else TABLES[arch_of(capability)])[kernel]
     first = table[min(dim for dim in table if dim >= sum(chunks(head_dim)))]
-    own = (tuned or {}).get(tile_key(capability, kernel, head_dim, itemsize), first)
-    return tuple(dict.fromkeys((own, first, *FALLBACKS[itemsize])))
+    own = (tuned or {}).get(tile_key(capability, kernel, head_dim, itemsize))
+    choices = (own, replace(first, **(ptxas or {})), first, *FALLBACKS[itemsize])
+    return tuple(dict.fromkeys(choice for choice in choices if choice))

@@ -40,7 +40,13 @@ class Launch:
 
     @property
     def options(self):
-        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        config = self.config
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.max_registers:
+            options["maxnreg"] = config.max_registers
+        if config.register_usage != TileConfig.register_usage:
+            options["ptx_options"] = f"--register-usage-level={config.register_usage}"
+        return options
 
     def run(self):
         """Launch on the current stream of the tensors' device; nothing to do is no launch."""

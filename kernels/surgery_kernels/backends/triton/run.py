@@ -10,6 +10,7 @@ from .backward import dkdv_launch, dq_launch, preprocess_launches, row_buffers
 from .configs import MAX_SINGLE_PASS, choose, read_tiles, single_pass_wins
 from .forward import forward_launch
 from .launch import narrow, prepare
+from .ptxas import options_of
 from .self_check import checked
 
 
@@ -19,7 +20,14 @@ def config_for(kernel, inputs):
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     tiles = os.environ.get("SURGERY_TILES")
     tuned = read_tiles(tiles) if tiles else None
-    return checked(kernel, q, choose(kernel, capability, q.shape[-1], q.element_size(), tuned))
+    return checked(kernel, q, choices(kernel, capability, inputs, tuned))
+
+
+def choices(kernel, capability, inputs, tuned=None):
+    """The configurations of `choose` for a problem, the built-in one with what this Triton's ptxas is told."""
+    q = inputs.q
+    ptxas = options_of(kernel, capability, inputs, triton.__version__)
+    return choose(kernel, capability, q.shape[-1], q.element_size(), tuned, ptxas)
 
 
 def launch_of(kernel, inputs, config, dout=None, rows=None):

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from . import configs, self_check
 from .backward import preprocess_launches, row_buffers
 from .configs import TileConfig
 from .forward import forward_launch
-from .run import launch_of
+from .run import choices, launch_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -105,7 +106,7 @@ def tune(kernel, inputs, dout, rows, tried, report=print):
 
 
 def _row(config):
-    return f"{config.block_m} {config.block_n} {config.num_warps} {config.num_stages}"
+    return " ".join(str(number) for number in astuple(config))
 
 
 def write(path, capability, kernel, head_dim, itemsize, config):
@@ -133,7 +134,9 @@ def main(argv=None):
         made = problem(head_dim, DTYPES[args.dtype], "cuda", args.length, args.tokens)
         itemsize = made[0].q.element_size()
         for kernel in args.kernel:
-            best = tune(kernel, *made, candidates(itemsize))
+            # the tables' own row tells ptxas more than a candidate does
+            built_in = choices(kernel, capability, made[0])[0]
+            best = tune(kernel, *made, dict.fromkeys((built_in, *candidates(itemsize))))
             write(args.write, capability, kernel, head_dim, itemsize, best)
             print(f"{kernel} D={head_dim}: {best}", flush=True)
     return 0
