@@ -125,12 +125,14 @@ def test_caps_are_for_what_was_compiled_under_them(told, options):
     assert ptxas.options_of("dq", (9, 0), inputs_of(**options), "3.8.0") == {"register_usage": 10, "max_registers": 0}
 
 
-def test_options_reach_the_compiler():
+def test_options_reach_the_compiler(monkeypatch):
     inputs, dout, rows = tune.problem(16, torch.float32, DEVICE, length=20, tokens=20, n_heads=1, n_kv=1)
     expected = {"maxnreg": 128, "ptx_options": "--register-usage-level=10"}
     for told, options in (((), {}), ((128, 10), expected)):
         made = run.launch_of("dq", inputs, TileConfig(16, 16, 4, 1, *told), dout, rows)
         assert made.options == {"num_warps": 4, "num_stages": 1} | options
+    monkeypatch.setenv("PTXAS_OPTIONS", "--warn-on-spills")
+    assert made.options["ptx_options"] == "--warn-on-spills --register-usage-level=10"
 
 
 def test_backend_asks_for_the_options(monkeypatch):

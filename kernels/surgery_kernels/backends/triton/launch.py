@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from triton import knobs
 
 from .configs import TileConfig, chunks
 
@@ -45,7 +46,9 @@ class Launch:
         if config.max_registers:
             options["maxnreg"] = config.max_registers
         if config.register_usage != TileConfig.register_usage:
-            options["ptx_options"] = f"--register-usage-level={config.register_usage}"
+            level = f"--register-usage-level={config.register_usage}"
+            # beside what the environment tells ptxas (PTXAS_OPTIONS), which an option of ours would replace
+            options["ptx_options"] = " ".join(filter(None, (knobs.nvidia.ptxas_options, level)))
         return options
 
     def run(self):
